@@ -1,0 +1,283 @@
+"""Checkpoint folders: header-only reading with checks, and atomic writing file by file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from flute_vllm.errors import FluteError
+
+INDEX_NAME = "model.safetensors.index.json"
+HEADER_LIMIT = 100 << 20  # the safetensors specification's own limit
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def resolve_source(source: str | Path, revision: str | None = None) -> Path:
+    """Folder of a local path or, downloaded, of a hub id. Raises FluteError if there is neither."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise FluteError(
+            "no such checkpoint folder",
+            where=str(source),
+            why="the path is not a folder" if path.exists() else "the path does not exist",
+            fix="pass the folder that holds config.json, or a hub id such as org/model",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision))
+    except Exception as error:
+        raise FluteError(
+            "cannot download the checkpoint",
+            where=str(source),
+            why=f"{type(error).__name__}: {error}",
+            fix="check the id and the network, or pass a local folder",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FluteError for a missing or malformed file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FluteError(
+            "missing file", where=str(path), why="it does not exist",
+            fix="download the checkpoint again, or pass the folder that holds it",
+        ) from None  # fmt: skip
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FluteError(
+            "unreadable JSON", where=str(path), why=str(error), fix="download the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise FluteError(
+            "unreadable JSON", where=str(path), why=f"expected an object, got {type(value).__name__}",
+            fix="download the file again",
+        )  # fmt: skip
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file, checked against the size of the file."""
+
+    def bad(why: str) -> FluteError:
+        return FluteError(
+            "damaged safetensors file", where=str(path), why=why, fix="download or copy it again"
+        )
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise bad(f"the file has {size} bytes, fewer than the 8 of the header length")
+        length = struct.unpack("<Q", prefix)[0]
+        if length > min(size - 8, HEADER_LIMIT):
+            raise bad(f"the header length {length} exceeds the file ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise bad(f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise bad("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors: dict[str, TensorInfo] = {}
+    end = 0
+    for name, entry in header.items():
+        try:
+            dtype, shape = TORCH_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+            begin, stop = entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise bad(f"malformed entry for tensor {name}") from error
+        if dtype is None:
+            raise FluteError(
+                f"unsupported dtype {entry['dtype']}", where=f"{path}: {name}",
+                why=f"this release reads {', '.join(TORCH_DTYPES)}",
+                fix="convert the tensor to one of them",
+            )  # fmt: skip
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if stop - begin != nbytes:
+            raise bad(f"tensor {name} of shape {list(shape)} needs {nbytes} bytes, has {stop - begin}")
+        end = max(end, stop)
+        tensors[name] = TensorInfo(name, path, dtype, shape, nbytes)
+    if size != 8 + length + end:
+        raise bad(f"expected {8 + length + end} bytes from the header, the file has {size}")
+    return tensors
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors files; opening it reads headers only."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        self.files = self._weight_files()
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in self.tensors:
+                    raise FluteError(
+                        "tensor stored twice", where=f"{file}: {name}",
+                        why=f"it is also in {self.tensors[name].file.name}",
+                        fix="remove stale shards from the folder",
+                    )  # fmt: skip
+                self.tensors[name] = info
+        self._check_index()
+
+    def _weight_files(self) -> list[Path]:
+        index = self.folder / INDEX_NAME
+        if index.exists():
+            names = sorted(set(self._weight_map().values()))
+            for name in names:
+                if not (self.folder / name).is_file():
+                    raise FluteError(
+                        "missing shard", where=str(self.folder / name),
+                        why=f"{INDEX_NAME} names it and it does not exist",
+                        fix="download the checkpoint again",
+                    )  # fmt: skip
+            return [self.folder / name for name in names]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
+                p.name for p in self.folder.glob("*.pt*")
+            )
+            raise FluteError(
+                "no safetensors file", where=str(self.folder),
+                why=f"only pickle files, which can run code: {', '.join(pickles)}" if pickles
+                else "the folder holds no *.safetensors",
+                fix="convert the weights with transformers' save_pretrained(safe_serialization=True)",
+            )  # fmt: skip
+        return files
+
+    def _weight_map(self) -> dict[str, str]:
+        path = self.folder / INDEX_NAME
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+        ):
+            raise FluteError(
+                "malformed index", where=str(path),
+                why="weight_map must map tensor names to file names in the folder",
+                fix="download the file again",
+            )  # fmt: skip
+        return weight_map
+
+    def _check_index(self) -> None:
+        if not (self.folder / INDEX_NAME).exists():
+            return
+        missing = sorted(set(self._weight_map()) - set(self.tensors))
+        if missing:
+            raise FluteError(
+                "missing tensor", where=f"{self.folder}: {missing[0]}",
+                why=f"{INDEX_NAME} names {len(missing)} tensors that no shard holds",
+                fix="download the checkpoint again",
+            )  # fmt: skip
+
+    def load(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        with safe_open(info.file, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def iter_files(self) -> Iterator[tuple[Path, list[str]]]:
+        """Each weight file with the names in it."""
+        for file in self.files:
+            yield file, [name for name, info in self.tensors.items() if info.file == file]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+class AtomicFolder:
+    """Writes a checkpoint into ``<out>.partial`` and renames it when everything is on disk.
+
+    An interrupted run leaves only the ``.partial`` folder, which has no config.json until the
+    last moment, so that nothing takes it for a checkpoint; the next run replaces it.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        if self.out.exists():
+            raise FluteError(
+                "output exists", where=str(self.out),
+                why="an existing folder is never overwritten",
+                fix="remove it, or choose another output path",
+            )  # fmt: skip
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._weight_map: dict[str, str] = {}
+        self._total = 0
+
+    def __enter__(self) -> AtomicFolder:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.partial / name
+        ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(ready, path, metadata={"format": "pt"})
+        _fsync(path)
+        for key, tensor in ready.items():
+            self._weight_map[key] = name
+            self._total += tensor.numel() * tensor.element_size()
+
+    def copy_extras(self, source: Path) -> None:
+        """Copies tokenizer and generation files: all small files that hold no weights."""
+        skip = {"config.json", "flute_config.json", INDEX_NAME}
+        for file in sorted(source.iterdir()):
+            is_extra = file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja", ".md"}
+            if is_extra and file.name not in skip:
+                shutil.copyfile(file, self.partial / file.name)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        path = self.partial / name
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        _fsync(path)
+
+    def commit(self, config: dict[str, Any]) -> Path:
+        """Writes index and config.json, then renames the folder into place."""
+        if len(set(self._weight_map.values())) > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
+            self.write_json(INDEX_NAME, index)
+        self.write_json("config.json", config)
+        _fsync(self.partial)
+        os.rename(self.partial, self.out)
+        _fsync(self.out.parent)
+        return self.out
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
