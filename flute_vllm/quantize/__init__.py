@@ -1,0 +1,1 @@
+"""Quantizing dense checkpoints: codebooks, scales, one matrix, one whole checkpoint."""

@@ -1,0 +1,87 @@
+"""Tables of values: the NormalFloat tables shipped in ``configs/codebooks`` and user files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+
+from flute_vllm.checkpoint import read_json
+from flute_vllm.errors import FluteError
+from flute_vllm.format import BITS, TABLE_KINDS
+from flute_vllm.resources import data_path
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A named table. ``values`` is float32 [2**bits], or [2**(2 * bits), 2] for pairs."""
+
+    name: str
+    bits: int
+    table_kind: str
+    values: torch.Tensor
+
+
+def normal_float(bits: int) -> Codebook:
+    """The NormalFloat table of 2, 3 or 4 bits, from its JSON file."""
+    return load_codebook(data_path("configs", "codebooks", f"nf{bits}.json"))
+
+
+def normal_float_construction(bits: int) -> list[float]:
+    """NormalFloat values in double precision, ascending, largest magnitude 1.
+
+    QLoRA (arXiv 2305.14314) section 3, with the offset that its NF4 table uses at every width:
+    quantiles of the standard normal distribution, equally spaced in probability on each side of
+    zero, one more level on the positive side, cut at the tail probability delta.
+    """
+    quantile = NormalDist().inv_cdf
+    tail = 0.5 * (1 / 32 + 1 / 30)
+    half = 2 ** (bits - 1)
+    span = 0.5 - tail
+    negatives = [-quantile(1 - tail - span * i / (half - 1)) for i in range(half)]
+    positives = [quantile(0.5 + span * i / half) for i in range(1, half + 1)]
+    values = negatives + positives
+    largest = max(map(abs, values))
+    return [value / largest for value in values]
+
+
+def load_codebook(path: str | Path) -> Codebook:
+    """Reads ``{"bits": b, "table_kind": "scalar" | "pair", "values": [...]}``.
+
+    Other keys (name, provenance) are free. A pair table lists [first, second] for each index
+    ``code[2i] * 2**bits + code[2i + 1]``. Values may be in any order and of any magnitude, as
+    the scale absorbs it. Raises FluteError for a wrong shape or a value that is not finite.
+    """
+    path = Path(path)
+    document = read_json(path)
+    bits, kind = document.get("bits"), document.get("table_kind", "scalar")
+    if isinstance(bits, bool) or bits not in BITS:
+        raise _bad(path, f"bits is {bits!r}, not one of {', '.join(map(str, BITS))}")
+    if kind not in TABLE_KINDS:
+        raise _bad(path, f"table_kind is {kind!r}, not one of {', '.join(TABLE_KINDS)}")
+    try:
+        values = torch.tensor(document.get("values"), dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _bad(path, f"values is not a rectangular list of numbers: {error}") from error
+    shape = (2**bits,) if kind == "scalar" else (2 ** (2 * bits), 2)
+    if tuple(values.shape) != shape:
+        raise _bad(path, f"values has shape {list(values.shape)}, {bits} bits need {list(shape)}")
+    if not bool(values.isfinite().all()):
+        raise _bad(path, "values holds NaN or infinity")
+    largest = float(values.abs().max())
+    if not math.isfinite(1 / largest if largest else math.inf):
+        raise _bad(path, f"the largest magnitude is {largest}, so it can represent nothing")
+    return Codebook(str(document.get("name", path.stem)), bits, kind, values)
+
+
+def _bad(path: Path, why: str) -> FluteError:
+    return FluteError(
+        "unusable table file",
+        where=str(path),
+        why=why,
+        fix='write {"bits": 4, "table_kind": "scalar", "values": [16 numbers]}, as in '
+        "configs/codebooks/nf4.json",
+    )

@@ -1,0 +1,157 @@
+"""Codes for given scales, and scales for given weights: absmax and searched.
+
+A group is a run of weights of one row that share a scale. Everything here works on a block of
+groups, float32 [R, g], small enough that its temporaries fit in cache and memory; the caller
+(:mod:`flute_vllm.quantize.tensor`) cuts a matrix into such blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flute_vllm.errors import FluteError
+
+SCALE_METHODS = ("search", "absmax")
+# Fractions of the absmax scale that the search tries. NF tables at 4 bits and groups of 64 are
+# best near 0.9, at 2 bits near 0.5 (a fixed table spends its two ends on rare values).
+SHRINK_FACTORS = (0.40, 0.48, 0.56, 0.64, 0.71, 0.77, 0.83, 0.88, 0.93, 0.98, 1.04)
+_BINS = 4096  # resolution of the approximate lookup that scores candidates
+
+
+class Quantizer:
+    """Nearest-value lookup in one table.
+
+    Args:
+        table: float32 [2**bits] or [2**(2 * bits), 2], any order. Round it to the dtype that is
+            stored before passing it, so that codes are nearest to what the kernel reads.
+        bits: 2, 3 or 4.
+    """
+
+    def __init__(self, table: torch.Tensor, bits: int) -> None:
+        self.table = table.float()
+        self.bits = bits
+        self.largest = float(self.table.abs().max())
+        self.is_pair = table.dim() == 2
+        if self.is_pair:
+            self._half_norms = self.table.square().sum(1) / 2
+            self._zero_code = int(self._half_norms.argmin())
+            return
+        self._zero_code = int(self.table.abs().argmin())
+        ascending, self._order = self.table.sort(stable=True)
+        self._boundaries = (ascending[1:] + ascending[:-1]) / 2
+        self._order = self._order.to(torch.uint8)
+        centres = (torch.arange(_BINS, device=table.device) + 0.5) * (2 / _BINS) - 1
+        binned = torch.bucketize(centres * (self.largest * 1.01), self._boundaries)
+        self._approximate = ascending[binned]
+
+    def codes(self, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """uint8 [R, g]: the codes whose table value is nearest to ``weights / scales``.
+
+        Args:
+            weights: float32 [R, g].
+            scales: float32 [R], already rounded to the stored dtype. Where a scale is zero every
+                code means zero; the code of the table's smallest value is used.
+        """
+        inverse = torch.where(scales == 0, 0.0, 1 / scales)
+        ratio = weights * inverse[:, None] if self.is_pair else weights / _nonzero(scales)[:, None]
+        codes = self._nearest_pair(ratio) if self.is_pair else self._nearest(ratio)
+        if bool((scales == 0).any()):
+            codes[scales == 0] = self._zero_codes(codes.shape[1])
+        return codes
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 [R, g]: table values of uint8 codes [R, g]."""
+        if not self.is_pair:
+            return self.table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        index = codes[:, 0::2].int() * 2**self.bits + codes[:, 1::2].int()
+        return self.table.index_select(0, index.reshape(-1)).view(codes.shape)
+
+    def approximate_values(self, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """Like ``values(codes(...))`` up to 1/2048 of the table's range; for scoring only.
+
+        A lookup by rounding costs a fifth of the exact binary search.
+        """
+        if self.is_pair:
+            return self.values(self._nearest_pair(weights * inverse[:, None]))
+        half = _BINS / 2
+        index = weights * (inverse * (half / (self.largest * 1.01)))[:, None]
+        index = index.add_(half).clamp_(0, _BINS - 1).to(torch.int32)
+        return self._approximate.index_select(0, index.view(-1)).view(weights.shape)
+
+    def _nearest(self, ratio: torch.Tensor) -> torch.Tensor:
+        index = torch.bucketize(ratio, self._boundaries, out_int32=True)
+        return self._order.index_select(0, index.view(-1)).view(ratio.shape)
+
+    def _nearest_pair(self, ratio: torch.Tensor) -> torch.Tensor:
+        # argmin |x - t|^2 = argmax x.t - |t|^2 / 2
+        pairs = ratio.reshape(-1, 2)
+        index = torch.cat(
+            [
+                torch.addmm(-self._half_norms, part, self.table.T).argmax(1)
+                for part in pairs.split(1 << 16)
+            ]
+        )
+        codes = torch.stack((index >> self.bits, index & (2**self.bits - 1)), 1)
+        return codes.to(torch.uint8).view(ratio.shape)
+
+    def _zero_codes(self, width: int) -> torch.Tensor:
+        device = self.table.device
+        if not self.is_pair:
+            return torch.full((width,), self._zero_code, dtype=torch.uint8, device=device)
+        pair = (self._zero_code >> self.bits, self._zero_code & (2**self.bits - 1))
+        return torch.tensor(pair, dtype=torch.uint8, device=device).repeat(width // 2)
+
+
+def absmax_scales(weights: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """float32 [R]: the largest magnitude of each group maps to the table's largest magnitude."""
+    return weights.abs().amax(1) / quantizer.largest
+
+
+def searched_scales(weights: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """float32 [R]: scales of small squared error, found without data.
+
+    For each candidate ``c = factor * absmax``, the codes nearest to ``w / c`` have values v; the
+    best scale for these values is the least-squares one, ``s = <w, v> / <v, v>``, with squared
+    error ``|w|^2 - <w, v>^2 / <v, v>``. The candidate of least error wins and its s is refined
+    once more. A coarse grid is enough because s moves off it.
+    """
+    start = absmax_scales(weights, quantizer)
+    best_gain = torch.full_like(start, -1.0)
+    best_scale = start.clone()
+    for factor in SHRINK_FACTORS:
+        scale, gain = _refit(weights, start * factor, quantizer)
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best_scale = torch.where(better, scale, best_scale)
+    refined, gain = _refit(weights, best_scale, quantizer)
+    return torch.where(gain > best_gain, refined, best_scale)
+
+
+def _refit(
+    weights: torch.Tensor, candidate: torch.Tensor, quantizer: Quantizer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    inverse = torch.where(candidate == 0, 0.0, 1 / candidate)
+    values = quantizer.approximate_values(weights, inverse)
+    product = torch.linalg.vecdot(weights, values)
+    norm = torch.linalg.vecdot(values, values)
+    scale = torch.where(norm > 0, product / norm, 0.0)
+    return scale, scale * product
+
+
+def round_scales(scales: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
+    """Scales in the stored dtype. Raises FluteError where fp16 overflows."""
+    rounded = scales.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        largest = float(scales.abs().max())
+        name = str(dtype).removeprefix("torch.")
+        raise FluteError(
+            f"scale does not fit {name}",
+            where=where,
+            why=f"the largest scale is {largest:.6g}, {name} ends at {torch.finfo(dtype).max:.6g}",
+            fix="use --scale-dtype bfloat16",
+        )
+    return rounded
+
+
+def _nonzero(scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales == 0, 1.0, scales)
