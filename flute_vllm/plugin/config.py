@@ -1,0 +1,157 @@
+"""``FluteConfig``: from a checkpoint's quantization config to the method of each vLLM layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from flute_vllm.errors import FluteError
+from flute_vllm.format import LayerSpec
+from flute_vllm.importers import Importer, find, from_config
+from flute_vllm.plugin.foreign import ForeignLinearMethod
+from flute_vllm.plugin.linear import FluteLinearMethod
+from flute_vllm.schema import QUANT_METHOD, FluteQuantizationConfig, module_matches
+
+
+class FluteConfig(QuantizationConfig):
+    """Either a native checkpoint (``schema``) or one in a foreign layout (``importer``).
+
+    Holds plain data only: vLLM pickles and deep-copies it between processes.
+    """
+
+    def __init__(
+        self,
+        schema: FluteQuantizationConfig | None = None,
+        importer: Importer | None = None,
+    ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.importer = importer
+        # Quantized modules of a foreign checkpoint, None while its headers were not read.
+        self.foreign_modules: frozenset[str] | None = None
+
+    def __repr__(self) -> str:
+        if self.importer is not None:
+            return f"FluteConfig(layout={self.importer.name}, spec={self.importer.layer_spec()})"
+        return f"FluteConfig({self.schema})"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        # Read only with --quantization flute, for a config.json without quantization_config.
+        return ["flute_config.json"]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FluteConfig:
+        if config.get("quant_method") == QUANT_METHOD:
+            return cls(schema=FluteQuantizationConfig.parse(config))
+        return cls(importer=from_config(config))
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
+        """Checks the headers of a local checkpoint before any weight is read.
+
+        A hub id that vLLM has yet to download is checked tensor by tensor while it loads.
+        """
+        folder = Path(model_name)
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            return
+        from flute_vllm.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint(folder)
+        if self.schema is not None:
+            from flute_vllm.validate import validate_checkpoint
+
+            validate_checkpoint(checkpoint)
+            return
+        # What the folder says beyond the parsed file (tile hints) belongs to the importer too.
+        self.importer = find(checkpoint) or self.importer
+        self.foreign_modules = frozenset(self.importer.modules(checkpoint))
+        if not self.foreign_modules:
+            raise FluteError(
+                "no quantized module in the checkpoint", where=str(folder),
+                why=f"flute_config.json announces the {self.importer.name} layout, and no tensor "
+                "has it", fix="drop --quantization flute to serve the dense weights",
+            )  # fmt: skip
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Adds vLLM's module names to those of the checkpoint in the config's patterns."""
+        if self.schema is None:
+            return
+        skipped = self.schema.modules_to_not_convert
+        overrides = {
+            pattern: change for pattern, change in self.schema.overrides.items()
+            if not pattern.startswith("re:")
+        }  # fmt: skip
+        plain = [pattern for pattern in skipped if not pattern.startswith("re:")]
+        mapped_skips = [*skipped, *hf_to_vllm_mapper.apply_list(plain)]
+        mapped_overrides = {**self.schema.overrides, **hf_to_vllm_mapper.apply_dict(overrides)}
+        self.schema = self.schema.model_copy(
+            update={
+                "modules_to_not_convert": list(dict.fromkeys(mapped_skips)),
+                "overrides": mapped_overrides,
+            }
+        )
+
+    def get_quant_method(
+        self, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        # Heads, embeddings, attention and routed experts stay dense: None means vLLM's default.
+        if not isinstance(layer, LinearBase):
+            return None
+        modules = self.checkpoint_modules(prefix)
+        if self.importer is not None:
+            if self._is_dense_in_foreign_checkpoint(modules):
+                return UnquantizedLinearMethod()
+            return ForeignLinearMethod(prefix, self.importer)
+        spec = self.common_spec(prefix, modules)
+        return UnquantizedLinearMethod() if spec is None else FluteLinearMethod(prefix, spec)
+
+    def checkpoint_modules(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of the matrices that vLLM fuses into the layer ``prefix``."""
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{part}" if parent else part for part in parts]
+
+    def common_spec(self, prefix: str, modules: list[str]) -> LayerSpec | None:
+        """Spec shared by the fused matrices. Raises FluteError when they differ."""
+        specs = {module: self.schema.spec_for(module) for module in modules}
+        if len(set(specs.values())) > 1:
+            listing = ", ".join(
+                f"{module.rpartition('.')[2]}: {_describe(spec)}" for module, spec in specs.items()
+            )
+            raise FluteError(
+                "fused matrices are stored differently", where=prefix,
+                why=f"vLLM computes them as one layer, and the checkpoint has {listing}",
+                fix="requantize with the same bits and group size for all of them",
+            )  # fmt: skip
+        return specs[modules[0]]
+
+    def _is_dense_in_foreign_checkpoint(self, modules: list[str]) -> bool:
+        if self.foreign_modules is None:
+            return False
+        # vLLM may prefix names (language_model.model...), hence component matching.
+        return not any(
+            module in self.foreign_modules
+            or any(module_matches(known, module) for known in self.foreign_modules)
+            for module in modules
+        )
+
+
+def _describe(spec: LayerSpec | None) -> str:
+    return "dense" if spec is None else f"{spec.bits} bits, group_size {spec.group_size}"
