@@ -34,4 +34,4 @@ if [ "$(cat "$venv/.flute-built" 2>/dev/null)" != "$sources" ] || ! ls flute_vll
   pip install --no-deps --no-build-isolation -e .
   echo "$sources" >"$venv/.flute-built"
 fi
-"$venv/bin/python" -c "import flute_vllm.ops as ops; ops.load(); print('setup: ready,', ops.describe())"
+"$venv/bin/python" -c "import flute_vllm.ops as ops; ops.load(); print('setup: ready, CPU kernels:', ops.cpu_isa())"

@@ -118,7 +118,7 @@ class FluteConfig(QuantizationConfig):
         if self.importer is not None:
             if self._is_dense_in_foreign_checkpoint(modules):
                 return UnquantizedLinearMethod()
-            return ForeignLinearMethod(prefix, self.importer)
+            return ForeignLinearMethod(prefix, self.importer, modules)
         spec = self.common_spec(prefix, modules)
         return UnquantizedLinearMethod() if spec is None else FluteLinearMethod(prefix, spec)
 

@@ -26,9 +26,16 @@ from flute_vllm.plugin.tracking import LoadAccount, check_tensor, expected_rows,
 class ForeignLinearMethod(FluteLinearMethod):
     """A layer whose checkpoint tensors an importer decodes while vLLM loads them."""
 
-    def __init__(self, prefix: str, importer: Importer) -> None:
+    def __init__(self, prefix: str, importer: Importer, modules: list[str]) -> None:
         super().__init__(prefix, importer.layer_spec())
         self.importer = importer
+        self.modules = modules  # checkpoint names of the matrices that the layer fuses
+
+    def module_name(self, shard_id: Hashable) -> str:
+        """Checkpoint name of one matrix; importers look up per-module facts by it."""
+        index = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard_id, shard_id)
+        is_known = isinstance(index, int) and index < len(self.modules)
+        return self.modules[index] if is_known else f"{self.prefix} (matrix {shard_id})"
 
     def create_weights(
         self,
@@ -108,7 +115,7 @@ class _Collector:
 
     def _decode(self, shard_id: Hashable, tensors: dict[str, torch.Tensor]) -> None:
         method, layer = self.method, self.layer
-        where = method.prefix if shard_id is None else f"{method.prefix} (matrix {shard_id})"
+        where = method.module_name(shard_id)
         native = method.importer.to_native(where, tensors)
         spec = native.spec
         if (spec.bits, spec.group_size) != (method.spec.bits, method.spec.group_size):

@@ -181,8 +181,14 @@ class FluteLinearMethod(LinearMethodBase):
         logger.info_once(
             "flute: %d-bit %s table, group_size %s, %s scales; kernel: %s",
             self.spec.bits, self.spec.table_kind, self.spec.group_size, self.spec.scale_dtype,
-            ops.describe(),
+            _kernel_name(),
         )  # fmt: skip
+
+
+def _kernel_name() -> str:
+    from vllm.platforms import current_platform
+
+    return "CUDA" if current_platform.is_cuda() else f"CPU, {ops.cpu_isa()}"
 
 
 def check_shardable(
