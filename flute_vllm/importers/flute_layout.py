@@ -14,12 +14,12 @@ from collections.abc import Iterator
 import torch
 
 from flute_vllm.errors import FluteError
-from flute_vllm.format import pack
+from flute_vllm.format import UNIT, pack
 
 TILE_SIZES = (32, 64)
 DEFAULT_TILE = 32
-# Codes decoded at a time: on a CPU the int64 temporaries of format.pack then stay in the cache
-# (5 times faster than 16 Mi); a GPU wants longer kernels.
+# Codes decoded and packed at a time: on a CPU the int64 temporaries of format.pack then stay in
+# the cache (5 times faster than 16 Mi); a GPU wants longer kernels.
 CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 24
 
@@ -62,18 +62,16 @@ def check_packed(
 
 
 def iter_codes(
-    weight: torch.Tensor, bits: int, tile_p: int = DEFAULT_TILE, chunk: int | None = None
+    weight: torch.Tensor, bits: int, tile_p: int = DEFAULT_TILE
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Decodes whole tiles of rows at a time, so that temporaries stay within about ``chunk``.
+    """Decodes whole tiles of rows at a time, so that temporaries stay small.
 
     Yields the first row n of each piece and its uint8 codes [rows, K].
     """
     out_features = check_packed("weight", weight.dtype, tuple(weight.shape), bits, tile_p)
     columns = weight.shape[1]
     step = tile_rows(bits, tile_p)
-    if chunk is None:
-        chunk = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
-    tiles = max(1, chunk // (step * columns))
+    tiles = max(1, _chunk(weight) // (step * columns))
     planes = _planes(weight, bits, tile_p)
     for first in range(0, out_features // step, tiles):
         words = [plane[first : first + tiles] for plane in planes]
@@ -100,8 +98,19 @@ def decode(weight: torch.Tensor, bits: int, tile_p: int = DEFAULT_TILE) -> torch
 
 def to_qweight(weight: torch.Tensor, bits: int, tile_p: int = DEFAULT_TILE) -> torch.Tensor:
     """The native ``qweight`` int32 [N, K / 32 * bits] of a packed matrix; K a multiple of 32."""
-    pieces = [pack(codes, bits) for _, codes in iter_codes(weight, bits, tile_p)]
-    return torch.cat(pieces)
+    out_features = check_packed("weight", weight.dtype, tuple(weight.shape), bits, tile_p)
+    words = weight.shape[1] // UNIT * bits
+    qweight = torch.empty(out_features, words, dtype=torch.int32, device=weight.device)
+    rows = max(1, _chunk(weight) // weight.shape[1])
+    for first, codes in iter_codes(weight, bits, tile_p):
+        out = qweight[first : first + codes.shape[0]]
+        for target, part in zip(out.split(rows), codes.split(rows), strict=True):
+            target.copy_(pack(part, bits))
+    return qweight
+
+
+def _chunk(weight: torch.Tensor) -> int:
+    return CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
 
 
 def _planes(weight: torch.Tensor, bits: int, tile_p: int) -> list[torch.Tensor]:
