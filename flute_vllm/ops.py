@@ -1,0 +1,233 @@
+"""The ops ``flute::gemm`` and ``flute::dequantize``: loading, fake kernels, public wrappers.
+
+The compiled library ``_C.abi3.so`` holds the ops for CPU and, when built for it, CUDA. Without the
+library (``FLUTE_BUILD=none``) the same ops are defined in plain torch, with one warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from flute_vllm import format as fmt
+from flute_vllm.errors import FluteError
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # levels of kernels/cpu/kernels.h
+_IN_USE, _BEST = -1, -2
+
+_SCHEMAS = (
+    "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
+    "int group_size) -> Tensor",
+    "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
+    "int group_size, ScalarType? dtype=None) -> Tensor",
+)
+
+
+@cache
+def load() -> bool:
+    """Makes the ops of the namespace ``flute`` available; later calls do nothing.
+
+    Returns:
+        True with the compiled library, False with the pure-torch ops.
+
+    Raises:
+        FluteError: the library exists, but cannot be loaded.
+    """
+    compiled = LIBRARY.exists()
+    if compiled:
+        try:
+            torch.ops.load_library(str(LIBRARY))
+        except OSError as error:
+            raise FluteError(
+                "cannot load the compiled kernels",
+                where=str(LIBRARY),
+                why=str(error),
+                fix="rebuild with the installed torch: pip install --no-build-isolation -e .",
+            ) from error
+    else:
+        logger.warning(
+            "flute: the compiled kernels are missing (%s does not exist, built with "
+            "FLUTE_BUILD=none?); plain torch decodes the whole weight at every call, which is "
+            "tens of times slower and needs memory for the dense weight; fix: FLUTE_BUILD=auto "
+            "pip install --no-build-isolation -e .",
+            LIBRARY,
+        )
+        _define_reference()
+    torch.library.register_fake("flute::gemm", _fake_gemm)
+    torch.library.register_fake("flute::dequantize", _fake_dequantize)
+    if compiled and not _has_cuda_kernels():
+        for name in ("gemm", "dequantize"):
+            torch.library.impl(f"flute::{name}", "CUDA", _no_cuda)
+    return compiled
+
+
+def gemm(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    part_sizes: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """Product of activations with a quantized weight: ``x @ W.T``, summed in float32.
+
+    Args:
+        x: [..., K] float32, float16 or bfloat16.
+        qweight: int32 [N, K / 32 * bits], contiguous.
+        scales: float16 or bfloat16 [N, K / group_size], or [N, 1] for group_size -1.
+        table: [S, 2**bits], or [S, 2**(2 * bits), 2] for pairs, in the dtype of ``scales``.
+        part_sizes: rows of each of the S matrices that are fused in N; they sum to N.
+        bits: 2, 3 or 4.
+        group_size: 32, 64, 128, 256, or -1 for one scale for each row.
+
+    Returns:
+        [..., N] in the dtype of ``x``. W is what :func:`flute_vllm.format.dequantize` gives.
+
+    Raises:
+        RuntimeError: arguments do not fit together; the message names the argument and numbers.
+    """
+    load()
+    return torch.ops.flute.gemm(x, qweight, scales, table, part_sizes, bits, group_size)
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    part_sizes: Sequence[int],
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Dense weight [N, K] of :func:`gemm`'s arguments, rounded once to ``dtype``.
+
+    ``dtype`` is the dtype of ``scales`` when None; float32 keeps the exact product. Raises
+    RuntimeError like :func:`gemm`.
+    """
+    load()
+    return torch.ops.flute.dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype)
+
+
+def cpu_isa(name: str | None = None) -> str:
+    """Instruction set of the CPU kernels in use, for this process.
+
+    Args:
+        name: set this one from now on ("auto": the best of this machine); only look when None.
+            The environment variable ``FLUTE_CPU_ISA`` gives the value at the start.
+
+    Raises:
+        FluteError: ``name`` is unknown, or this machine or this build cannot run it.
+    """
+    usable = cpu_isas()
+    if name is None:
+        return ISAS[torch.ops.flute.cpu_isa(_IN_USE)] if usable else "reference"
+    if name != "auto" and name not in usable:
+        raise FluteError(
+            f"cannot use the instruction set {name!r}",
+            where="ops.cpu_isa",
+            why=f"this machine and build run: {', '.join(usable) or 'no compiled kernels'}",
+            fix=f"use one of {', '.join(('auto', *usable))}",
+        )
+    if not usable:
+        return "reference"
+    level = torch.ops.flute.cpu_isa(_BEST) if name == "auto" else ISAS.index(name)
+    return ISAS[torch.ops.flute.cpu_isa(level)]
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets that :func:`cpu_isa` accepts here, slowest first; empty without library."""
+    if not load():
+        return ()
+    best = torch.ops.flute.cpu_isa(_BEST)
+    x86_only = ISAS[1 : best + 1]
+    return (ISAS[0], *x86_only)
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the loaded library was built with its CUDA kernels."""
+    return load() and _has_compiled_cuda
+
+
+_has_compiled_cuda = False
+
+
+def _has_cuda_kernels() -> bool:
+    global _has_compiled_cuda
+    _has_compiled_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("flute::gemm", "CUDA")
+    return _has_compiled_cuda
+
+
+def _no_cuda(*_args: object, **_options: object) -> torch.Tensor:
+    raise FluteError(
+        "cannot run on a CUDA tensor",
+        where=str(LIBRARY),
+        why="the kernels were built with FLUTE_BUILD=cpu",
+        fix="install the CUDA toolkit, then FLUTE_BUILD=cuda pip install --no-build-isolation -e .",
+    )
+
+
+def _fake_gemm(x, qweight, scales, table, part_sizes, bits, group_size):  # noqa: ANN001
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _fake_dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype=None):
+    columns = qweight.shape[1] // bits * fmt.UNIT
+    return qweight.new_empty((qweight.shape[0], columns), dtype=dtype or scales.dtype)
+
+
+def _define_reference() -> None:
+    for schema in _SCHEMAS:
+        torch.library.define(f"flute::{schema.partition('(')[0]}", schema[schema.index("(") :])
+    torch.library.impl("flute::gemm", ("CPU", "CUDA"), _reference_gemm)
+    torch.library.impl("flute::dequantize", ("CPU", "CUDA"), _reference_dequantize)
+
+
+def _reference_dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype=None):
+    _check_reference(qweight, scales, table, part_sizes, bits, group_size)
+    rows = zip(qweight.split(part_sizes), scales.split(part_sizes), table, strict=True)
+    return torch.cat([fmt.dequantize(*tensors, bits, dtype) for tensors in rows])
+
+
+def _reference_gemm(x, qweight, scales, table, part_sizes, bits, group_size):
+    weight = _reference_dequantize(qweight, scales, table, part_sizes, bits, group_size)
+    if x.shape[-1] != weight.shape[1]:
+        raise _misfit("x", f"{list(x.shape)} does not end in the {weight.shape[1]} input features")
+    return (x.float() @ weight.float().T).to(x.dtype)
+
+
+def _check_reference(qweight, scales, table, part_sizes, bits, group_size) -> None:
+    kind = "pair" if table.dim() == 3 else "scalar"
+    names = {dtype: name for name, dtype in fmt.SCALE_DTYPES.items()}
+    if scales.dtype not in names or table.dtype != scales.dtype:
+        raise _misfit("scales", f"dtypes {scales.dtype} and {table.dtype} are not one of fp16, bf16")
+    spec = fmt.LayerSpec(bits, group_size, names[scales.dtype], kind)
+    if qweight.dim() != 2 or qweight.dtype != torch.int32 or qweight.shape[1] % bits:
+        raise _misfit("qweight", f"{qweight.dtype} {list(qweight.shape)} is not [N, K / 32 * {bits}]")
+    columns = qweight.shape[1] // bits * fmt.UNIT
+    spec.check_in_features(columns, "flute::gemm")
+    layout = spec.tensor_layout(qweight.shape[0], columns)
+    if tuple(scales.shape) != layout["scales"][0]:
+        raise _misfit("scales", f"{list(scales.shape)} is not {list(layout['scales'][0])}")
+    if tuple(table.shape) != (len(part_sizes), *spec.table_shape):
+        raise _misfit(
+            "table", f"{list(table.shape)} is not {[len(part_sizes), *spec.table_shape]}"
+        )
+    if sum(part_sizes) != qweight.shape[0] or min(part_sizes) < 0:
+        raise _misfit("part_sizes", f"{list(part_sizes)} do not sum to {qweight.shape[0]} rows")
+
+
+def _misfit(argument: str, why: str) -> FluteError:
+    return FluteError(
+        "cannot run the pure-torch ops",
+        where=f"argument {argument}",
+        why=why,
+        fix="pass the tensors as the checkpoint stores them",
+    )

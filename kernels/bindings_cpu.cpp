@@ -1,0 +1,119 @@
+// The ops on CPU tensors: which kernel, cut over torch's threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "bindings.h"
+#include "cpu/kernels.h"
+
+namespace flute {
+namespace {
+
+namespace ts = torch::stable;
+
+// From this many rows of x, one dense GEMM on decoded blocks beats decoding beside the sums.
+constexpr int64_t kDenseRows = 48;
+constexpr int64_t kScratchBytes = 4 << 20;  // of decoded weight: stays in the last-level cache
+// Multiply-adds that are worth a thread: below, waking it costs more than it saves.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
+using Buffer = std::unique_ptr<void, decltype(&std::free)>;
+
+Buffer allocate(int64_t bytes) {
+  constexpr int64_t kAlign = 64;
+  void* data = std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign);
+  if (data == nullptr) {
+    fail("gemm", "x", text("no memory for ", bytes, " bytes of scratch"), "use a smaller batch");
+  }
+  return Buffer(data, &std::free);
+}
+
+int64_t rows_per_thread(int64_t work_per_row) {
+  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_row));
+}
+
+void dequantize_rows(const Weight& weight, int64_t begin, int64_t end, Dtype round, Dtype out_dtype,
+                     void* out) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const int64_t row_bytes = weight.layer.k * (out_dtype == Dtype::kFloat32 ? 4 : 2);
+  ts::parallel_for(begin, end, rows_per_thread(weight.layer.k), [&](int64_t from, int64_t to) {
+    weight.for_each_part(from, to, [&](const Layer& layer, int64_t first, int64_t last) {
+      kernels.dequantize(layer, first, last, round, out_dtype,
+                         static_cast<char*>(out) + (first - begin) * row_bytes);
+    });
+  });
+}
+
+// Decodes beside the multiplication; the codes are read once.
+void fused_gemm(const Weight& weight, cpu::Job job) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const int64_t k = weight.layer.k;
+  const Buffer packed = allocate(job.m * k * int64_t(sizeof(float)));
+  ts::parallel_for(0, job.m, rows_per_thread(k), [&](int64_t from, int64_t to) {
+    for (int64_t m = from; m < to; ++m) kernels.pack(weight.layer, job, m, packed.get());
+  });
+  job.packed = packed.get();
+  ts::parallel_for(0, weight.n, rows_per_thread(k * job.m), [&](int64_t from, int64_t to) {
+    weight.for_each_part(from, to, [&](const Layer& layer, int64_t first, int64_t last) {
+      kernels.gemm(layer, job, first, last);
+    });
+  });
+}
+
+// Decodes a block of rows to a bounded scratch, then torch multiplies. fp16 goes through fp32:
+// torch's fp16 GEMM on CPUs without FP16 arithmetic is slower than its fp32 one.
+void dense_gemm(const Weight& weight, const Tensor& x, Dtype dtype, Tensor y) {
+  const bool bf16 = cpu::kernels().computes_bf16(weight.layer, dtype);
+  const Dtype dense = bf16 ? Dtype::kBFloat16 : Dtype::kFloat32;
+  const int64_t k = weight.layer.k, row_bytes = k * (bf16 ? 2 : 4);
+  const int64_t block = std::min(weight.n, std::max<int64_t>(64, kScratchBytes / row_bytes));
+  const Tensor activations = dense == dtype ? x : ts::to(x, ScalarType::Float);
+  Tensor scratch = ts::new_empty(x, {block, k}, to_scalar_type(dense));
+  for (int64_t begin = 0; begin < weight.n; begin += block) {
+    const int64_t rows = std::min(block, weight.n - begin);
+    dequantize_rows(weight, begin, begin + rows, weight.layer.dtype, dense,
+                    scratch.mutable_data_ptr());
+    const Tensor columns = ts::transpose(ts::narrow(scratch, 0, 0, rows), 0, 1);
+    Tensor out = ts::narrow(y, 1, begin, rows);
+    ts::copy_(out, ts::matmul(activations, columns));
+  }
+}
+
+Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
+            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size) {
+  const Weight weight =
+      check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
+  const Dtype dtype = check_input("gemm", x, qweight, weight);
+  Tensor y = empty_output(x, weight.n);
+  const int64_t k = weight.layer.k, m = x.numel() / k;
+  if (m == 0 || weight.n == 0) return y;
+  const Tensor input = ts::contiguous(x);
+  if (m >= kDenseRows) {
+    dense_gemm(weight, ts::view(input, {m, k}), dtype, ts::view(y, {m, weight.n}));
+  } else {
+    fused_gemm(weight, {input.const_data_ptr(), dtype, m, y.mutable_data_ptr(), weight.n, nullptr});
+  }
+  return y;
+}
+
+Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& table,
+                  std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
+                  std::optional<ScalarType> dtype) {
+  const Weight weight =
+      check_weight("dequantize", qweight, scales, table, part_sizes, bits, group_size);
+  const Dtype out_dtype = to_dtype("dequantize", "dtype", dtype.value_or(scales.scalar_type()));
+  Tensor out = ts::new_empty(qweight, {weight.n, weight.layer.k}, to_scalar_type(out_dtype));
+  if (weight.n > 0)
+    dequantize_rows(weight, 0, weight.n, out_dtype, out_dtype, out.mutable_data_ptr());
+  return out;
+}
+
+}  // namespace
+}  // namespace flute
+
+STABLE_TORCH_LIBRARY_IMPL(flute, CPU, m) {
+  m.impl("gemm", TORCH_BOX(&flute::gemm));
+  m.impl("dequantize", TORCH_BOX(&flute::dequantize));
+}

@@ -1,0 +1,230 @@
+// AVX-512 in fp32 lanes: any mix of activation and scale dtypes on machines without BF16, and
+// everything that is not bf16 on machines with it. Also the exact dense weight, for `dequantize`
+// and for large M.
+//
+// A half unit is 16 weights in natural order: one byte shuffle and one shift bring each code to
+// its 32-bit lane, one vpermps looks it up. The table is repeated to 16 entries, so bits above the
+// code do not matter.
+//
+// Compiled with -mavx512f -mavx512bw -mavx512vl: see half.h about functions in headers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "tiles.h"
+
+namespace flute::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+
+template <int Bits>
+struct Layout {
+  alignas(64) uint8_t bytes[2][64];
+  alignas(64) uint32_t shifts[2][kLanes];
+
+  constexpr Layout() : bytes(), shifts() {
+    for (int i = 0; i < kUnit; ++i) {
+      const int half = i / kLanes, lane = i % kLanes, bit = Bits * i;
+      shifts[half][lane] = bit % 8;
+      const bool spills = bit % 8 + Bits > 8;
+      for (int b = 0; b < 4; ++b)
+        bytes[half][4 * lane + b] = b == 0 || (b == 1 && spills) ? bit / 8 + b : 0x80;
+    }
+  }
+};
+
+template <int Bits>
+inline constexpr Layout<Bits> kLayout{};
+
+// The 4 * Bits bytes of a unit in every 128-bit quarter; nothing beyond them is read.
+template <int Bits>
+__m512i load_unit(const uint32_t* p) {
+  if constexpr (Bits == 4) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  } else {
+    return _mm512_broadcast_i32x4(_mm_maskz_loadu_epi32((1u << Bits) - 1, p));
+  }
+}
+
+template <int Bits>
+__m512 decode_half(__m512i unit, int half, __m512 table) {
+  const __m512i fields = _mm512_shuffle_epi8(unit, _mm512_load_si512(kLayout<Bits>.bytes[half]));
+  const __m512i index = _mm512_srlv_epi32(fields, _mm512_load_si512(kLayout<Bits>.shifts[half]));
+  return _mm512_permutexvar_ps(index, table);
+}
+
+template <int Bits>
+__m512 load_table(const Layer& layer) {
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    values[i] = widen(layer.table[i % (1 << Bits)], layer.dtype);
+  return _mm512_loadu_ps(values);
+}
+
+__m512i bf16_bits(__m512 v) {  // rounded to nearest even, in the low half of each lane
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_srli_epi32(
+      _mm512_mask_or_epi32(sum, nan, u, _mm512_set1_epi32(0x400000)), 16);
+}
+
+template <Dtype Round>
+__m512 scale_table(__m512 table, uint16_t scale) {
+  if constexpr (Round == Dtype::kBFloat16) {
+    const __m512 product = _mm512_mul_ps(table, _mm512_set1_ps(bf16_to_float(scale)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(product), 16));
+  } else {
+    const __m512 factor = _mm512_cvtph_ps(_mm256_set1_epi16(short(scale)));
+    const __m512 product = _mm512_mul_ps(table, factor);
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+__m512 load_float(const void* data, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::kFloat32) return _mm512_loadu_ps(static_cast<const float*>(data) + index);
+  const uint16_t* p = static_cast<const uint16_t*>(data) + index;
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (dtype == Dtype::kFloat16) return _mm512_cvtph_ps(h);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+template <int Bits, Dtype Scale>
+struct Tile {
+  template <int M>
+  static constexpr int rows() {
+    return M == 8 ? 2 : 4;
+  }
+
+  template <int R, int M>
+  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, float* out) {
+    const __m512 table = load_table<Bits>(layer);
+    const float* x = static_cast<const float*>(job.packed) + m * layer.k;
+    __m512 sums[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < M; ++j) sums[r][j] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (int64_t group = 0; group < layer.groups; ++group) {
+      __m512 scaled[R];
+      for (int r = 0; r < R; ++r)
+        scaled[r] = scale_table<Scale>(table, layer.row_scales(row + r)[group]);
+      for (const int64_t stop = k + layer.group; k < stop; k += kUnit) {
+        __m512i units[R];
+        for (int r = 0; r < R; ++r)
+          units[r] = load_unit<Bits>(layer.row_codes(row + r) + k / kUnit * Bits);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          __m512 weights[R];
+          for (int r = 0; r < R; ++r) weights[r] = decode_half<Bits>(units[r], half, scaled[r]);
+#pragma GCC unroll 8
+          for (int j = 0; j < M; ++j) {
+            const __m512 values = _mm512_loadu_ps(x + j * layer.k + k + half * kLanes);
+            for (int r = 0; r < R; ++r)
+              sums[r][j] = _mm512_fmadd_ps(weights[r], values, sums[r][j]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < M; ++j) out[r * M + j] = _mm512_reduce_add_ps(sums[r][j]);
+  }
+};
+
+bool computes_bf16(const Layer&, Dtype) { return false; }
+
+void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
+  float* out = static_cast<float*>(packed) + m * layer.k;
+  for (int64_t k = 0; k < layer.k; k += kLanes)
+    _mm512_storeu_ps(out + k, load_float(job.x, job.dtype, m * layer.k + k));
+}
+
+template <int Bits>
+void gemm_bits(const Layer& layer, const Job& job, int64_t begin, int64_t end) {
+  if (layer.dtype == Dtype::kBFloat16)
+    sweep<Tile<Bits, Dtype::kBFloat16>>(layer, job, begin, end);
+  else
+    sweep<Tile<Bits, Dtype::kFloat16>>(layer, job, begin, end);
+}
+
+void gemm(const Layer& layer, const Job& job, int64_t begin, int64_t end) {
+  if (layer.pair) return portable_kernels().gemm(layer, job, begin, end);
+  switch (layer.bits) {
+    case 2:
+      return gemm_bits<2>(layer, job, begin, end);
+    case 3:
+      return gemm_bits<3>(layer, job, begin, end);
+    default:
+      return gemm_bits<4>(layer, job, begin, end);
+  }
+}
+
+template <Dtype Out>
+void store_weights(void* out, int64_t index, __m512 v) {
+  if constexpr (Out == Dtype::kFloat32) {
+    _mm512_storeu_ps(static_cast<float*>(out) + index, v);
+  } else {
+    const __m256i h = Out == Dtype::kBFloat16
+                          ? _mm512_cvtepi32_epi16(bf16_bits(v))
+                          : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out) + index), h);
+  }
+}
+
+template <int Bits, Dtype Out>
+void dequantize_rows(const Layer& layer, int64_t begin, int64_t end, Dtype round, void* out) {
+  const __m512 table = load_table<Bits>(layer);
+  int64_t at = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const uint32_t* codes = layer.row_codes(row);
+    for (int64_t group = 0; group < layer.groups; ++group) {
+      const uint16_t scale = layer.row_scales(row)[group];
+      __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(widen(scale, layer.dtype)));
+      if (round == Dtype::kBFloat16)
+        scaled = _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(scaled), 16));
+      else if (round == Dtype::kFloat16)
+        scaled = _mm512_cvtph_ps(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
+      for (int64_t k = 0; k < layer.group; k += kUnit, codes += Bits, at += kUnit) {
+        const __m512i unit = load_unit<Bits>(codes);
+        store_weights<Out>(out, at, decode_half<Bits>(unit, 0, scaled));
+        store_weights<Out>(out, at + kLanes, decode_half<Bits>(unit, 1, scaled));
+      }
+    }
+  }
+}
+
+template <Dtype Out>
+void dequantize_to(const Layer& layer, int64_t begin, int64_t end, Dtype round, void* out) {
+  switch (layer.bits) {
+    case 2:
+      return dequantize_rows<2, Out>(layer, begin, end, round, out);
+    case 3:
+      return dequantize_rows<3, Out>(layer, begin, end, round, out);
+    default:
+      return dequantize_rows<4, Out>(layer, begin, end, round, out);
+  }
+}
+
+void dequantize(const Layer& layer, int64_t begin, int64_t end, Dtype round, Dtype out_dtype,
+                void* out) {
+  if (layer.pair)
+    return portable_kernels().dequantize(layer, begin, end, round, out_dtype, out);
+  switch (out_dtype) {
+    case Dtype::kFloat32:
+      return dequantize_to<Dtype::kFloat32>(layer, begin, end, round, out);
+    case Dtype::kFloat16:
+      return dequantize_to<Dtype::kFloat16>(layer, begin, end, round, out);
+    default:
+      return dequantize_to<Dtype::kBFloat16>(layer, begin, end, round, out);
+  }
+}
+
+}  // namespace
+
+const Kernels& avx512_kernels() {
+  static const Kernels table = {"avx512", computes_bf16, pack, gemm, dequantize};
+  return table;
+}
+
+}  // namespace flute::cpu
+#endif
