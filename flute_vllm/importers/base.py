@@ -152,7 +152,7 @@ def require(module: str, present: Mapping[str, object], required: Sequence[str],
             "missing tensor",
             where=f"{module}.{missing[0]}",
             why=f"a quantized module has {', '.join(required)}; this one has "
-            f"{', '.join(present) or 'none of them'}",
+            f"{', '.join(sorted(present)) or 'none of them'}",
             fix=fix,
         )
 
