@@ -30,6 +30,9 @@ DECODER_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\..*_proj")
 def encode(codes: torch.Tensor, bits: int, tile_p: int = 32) -> torch.Tensor:
     """Packs uint8 codes [N, K] to upstream's int16 [N * bits / 16, K]."""
     rows, columns = codes.shape
+    tile = 512 if bits == 3 else 16 // bits * tile_p
+    if rows % tile or columns % 2 or (bits == 3 and tile_p != 32):
+        raise ValueError(f"cannot pack {rows} x {columns}: N must be a multiple of {tile}, K even")
     even, odd = codes[:, 0::2].to(torch.int64), codes[:, 1::2].to(torch.int64)
     pairs = (even << bits) | odd
     if bits == 3:
@@ -135,7 +138,8 @@ def write_zoo_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(source, "state_dict"):
-        config = config or {**source.config.to_dict(), "architectures": [type(source).__name__]}
+        own = {"architectures": [type(source).__name__], "torch_dtype": str(dtype).split(".")[1]}
+        config = config or {**source.config.to_dict(), **own}
         tied = set(getattr(source, "_tied_weights_keys", None) or ())
         shared = getattr(source.config, "tie_word_embeddings", False)
         state = source.state_dict()
