@@ -7,13 +7,14 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from flute_vllm.errors import FluteError
 
@@ -24,6 +25,8 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length > min(size - 8, HEADER_LIMIT):
             raise bad(f"the header length {length} exceeds the file ({size} bytes)")
         try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
             raise bad(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise bad("the header is not a JSON object")
     header.pop("__metadata__", None)
     tensors: dict[str, TensorInfo] = {}
-    end = 0
+    spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         try:
             dtype, shape = TORCH_DTYPES.get(entry["dtype"]), tuple(entry["shape"])
             begin, stop = entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise bad(f"malformed entry for tensor {name}") from error
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+            raise bad(f"tensor {name} has a shape or offset that is not a whole number")
         if dtype is None:
             raise FluteError(
                 f"unsupported dtype {entry['dtype']}", where=f"{path}: {name}",
@@ -122,12 +127,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )  # fmt: skip
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if stop - begin != nbytes:
-            raise bad(f"tensor {name} of shape {list(shape)} needs {nbytes} bytes, has {stop - begin}")
-        end = max(end, stop)
+            raise bad(
+                f"tensor {name} of shape {list(shape)} needs {nbytes} bytes, has {stop - begin}"
+            )
+        spans.append((begin, stop, name))
         tensors[name] = TensorInfo(name, path, dtype, shape, nbytes)
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise bad(f"the data of tensor {name} begins at byte {begin}, expected {end}")
+        end = stop
     if size != 8 + length + end:
         raise bad(f"expected {8 + length + end} bytes from the header, the file has {size}")
     return tensors
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses what json.loads resolves silently: a name that stands twice in one object."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"{twice!r} stands twice")
+    return value
 
 
 class Checkpoint:
@@ -199,7 +221,14 @@ class Checkpoint:
             )  # fmt: skip
 
     def load(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
+        """One tensor, on the CPU. Raises FluteError where the checkpoint lacks it."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise FluteError(
+                "missing tensor", where=f"{self.folder}: {name}",
+                why=f"none of the {len(self.files)} weight files holds it",
+                fix="download the checkpoint again",
+            )  # fmt: skip
         with safe_open(info.file, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -222,7 +251,7 @@ class AtomicFolder:
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        if self.out.exists():
+        if self.out.exists() or self.out.is_symlink():
             raise FluteError(
                 "output exists", where=str(self.out),
                 why="an existing folder is never overwritten",
@@ -234,45 +263,150 @@ class AtomicFolder:
 
     def __enter__(self) -> AtomicFolder:
         shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        with writing(self.partial):
+            self.partial.mkdir(parents=True)
         return self
 
     def __exit__(self, kind, value, traceback) -> None:
         if kind is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    def reserve(self, nbytes: int) -> None:
+        """Raises FluteError now if the disk cannot hold ``nbytes`` more, not hours later."""
+        with writing(self.partial):
+            free = shutil.disk_usage(self.partial).free
+        if nbytes > free:
+            raise FluteError(
+                "not enough disk space", where=str(self.out),
+                why=f"the output needs {nbytes:,} bytes, {free:,} are free",
+                fix="free some space, or choose an output path on another disk",
+            )  # fmt: skip
+
+    @contextmanager
+    def shard(self, name: str, layout: Layout) -> Iterator[ShardWriter]:
+        """A weight file whose tensors are written one by one; see :class:`ShardWriter`."""
         path = self.partial / name
-        ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(ready, path, metadata={"format": "pt"})
-        _fsync(path)
-        for key, tensor in ready.items():
-            self._weight_map[key] = name
-            self._total += tensor.numel() * tensor.element_size()
+        with writing(path):
+            file = path.open("wb", buffering=0)
+        with file:
+            writer = ShardWriter(path, file, layout)
+            yield writer
+            writer.finish()
+        self._weight_map.update(dict.fromkeys(layout, name))
+        self._total += layout_nbytes(layout)
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """One weight file from tensors in memory."""
+        layout = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+        with self.shard(name, layout) as shard:
+            for key, tensor in tensors.items():
+                shard.write(key, tensor)
 
     def copy_extras(self, source: Path) -> None:
         """Copies tokenizer and generation files: all small files that hold no weights."""
-        skip = {"config.json", "flute_config.json", INDEX_NAME}
+        skip = {"config.json", "flute_config.json", "report.json", INDEX_NAME}
+        suffixes = {".json", ".model", ".txt", ".jinja", ".md"}
         for file in sorted(source.iterdir()):
-            is_extra = file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja", ".md"}
-            if is_extra and file.name not in skip:
-                shutil.copyfile(file, self.partial / file.name)
+            if file.is_file() and file.suffix in suffixes and file.name not in skip:
+                with writing(self.partial / file.name):
+                    shutil.copyfile(file, self.partial / file.name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         path = self.partial / name
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        _fsync(path)
+        with writing(path):
+            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            _fsync(path)
 
     def commit(self, config: dict[str, Any]) -> Path:
         """Writes index and config.json, then renames the folder into place."""
-        if len(set(self._weight_map.values())) > 1:
+        if set(self._weight_map.values()) - {"model.safetensors"}:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
             self.write_json(INDEX_NAME, index)
         self.write_json("config.json", config)
-        _fsync(self.partial)
-        os.rename(self.partial, self.out)
-        _fsync(self.out.parent)
+        with writing(self.out):
+            _fsync(self.partial)
+            os.rename(self.partial, self.out)
+            _fsync(self.out.parent)
         return self.out
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, in any order, never holding more than one.
+
+    All shapes are known in advance, so the header comes first and every tensor has its place.
+    Tensors lie in descending order of element size, as the safetensors library writes them:
+    otherwise an odd number of 16-bit values would leave the int32 ones after it unaligned.
+    """
+
+    def __init__(self, path: Path, file: FileIO, layout: Layout) -> None:
+        self._path, self._file, self._layout = path, file, layout
+        self._missing = set(layout)
+        ordered = sorted(layout, key=lambda name: -layout[name][1].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for name in ordered:
+            shape, dtype = layout[name]
+            end = begin + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
+            }  # fmt: skip
+            begin = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        start = 8 + len(encoded)
+        self._write_at(0, struct.pack("<Q", len(encoded)) + encoded)
+        self._offsets = {name: start + header[name]["data_offsets"][0] for name in ordered}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Stores one tensor; its shape and dtype must be those of the layout."""
+        found = (tuple(tensor.shape), tensor.dtype)
+        if name not in self._missing or found != self._layout[name]:
+            raise FluteError(
+                "internal error: unexpected tensor", where=f"{self._path}: {name}",
+                why=f"got {found}, expected {self._layout.get(name)} once",
+                fix="report this with the command that you ran",
+            )  # fmt: skip
+        self._missing.remove(name)
+        if tensor.numel():
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._write_at(self._offsets[name], memoryview(data))
+
+    def _write_at(self, offset: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        with writing(self._path):
+            self._file.seek(offset)
+            while view:  # one write call stores at most 2 GiB on Linux
+                view = view[self._file.write(view) :]
+
+    def finish(self) -> None:
+        """Puts the file on disk. Raises FluteError if a tensor of the layout was not written."""
+        if self._missing:
+            raise FluteError(
+                "internal error: tensor not written",
+                where=f"{self._path}: {min(self._missing)}",
+                why=f"{len(self._missing)} of {len(self._layout)} tensors are missing",
+                fix="report this with the command that you ran",
+            )  # fmt: skip
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+
+def layout_nbytes(layout: Layout) -> int:
+    """Bytes of the data of a weight file, without its header."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating system error into a FluteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise FluteError(
+            "cannot write the output", where=str(path),
+            why=f"{error.strerror or error} (errno {error.errno})",
+            fix="check free disk space (`df -h`), quota and permissions, then run it again",
+        ) from error  # fmt: skip
 
 
 def _fsync(path: Path) -> None:

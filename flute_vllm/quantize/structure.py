@@ -1,0 +1,171 @@
+"""Which modules of a checkpoint to quantize, decided by the structure of the model.
+
+The model is built on the meta device (no memory, no weights) and its module tree is walked, so
+no list of architectures is needed: the linear layers inside the decoder blocks are quantized;
+embeddings, the head, and the routers and experts of mixture-of-experts layers stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from flute_vllm.checkpoint import Checkpoint
+from flute_vllm.errors import FluteError
+from flute_vllm.validate import fused_siblings
+
+EXPERTS = "experts"
+
+
+@dataclass
+class Selection:
+    """What the walk found, by checkpoint name (``<name>.weight`` is in the checkpoint).
+
+    ``dense`` holds every linear module that stays dense, under the name that vLLM knows;
+    ``notes`` has one message for each kind of module that was skipped and why.
+    """
+
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def select_modules(checkpoint: Checkpoint) -> Selection:
+    """Finds the linear modules to quantize. Raises FluteError where there are none."""
+    model = _meta_model(checkpoint)
+    stacks = _decoder_stacks(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    selection = Selection()
+    routers: list[str] = []
+    experts = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if EXPERTS in name.split("."):
+            experts += 1
+            continue
+        stored = _stored_name(name, prefix, checkpoint)
+        inside = any(name.startswith(f"{stack}.") for stack in stacks)
+        if inside and _is_router(model, name, module):
+            routers.append(stored or name)
+            selection.dense.append(stored or name)
+        elif inside and stored is not None:
+            _check_shape(checkpoint, stored, module)
+            selection.linears[stored] = (module.out_features, module.in_features)
+        else:
+            selection.dense.append(stored or name)
+    dense_routers, expert_tensors = _moe_tensors(model, checkpoint)
+    routers += dense_routers
+    selection.dense += dense_routers
+    if experts or expert_tensors:
+        selection.dense.append(EXPERTS)
+        selection.notes.append("experts of mixture-of-experts layers stay dense")
+    if routers:
+        selection.notes.append(f"{len(routers)} mixture-of-experts routers stay dense")
+    if not selection.linears:
+        raise FluteError(
+            "nothing to quantize",
+            where=str(checkpoint.folder),
+            why=f"{type(model).__name__} has no torch.nn.Linear in its decoder blocks "
+            f"({', '.join(stacks) or 'none found'}) whose weight is in the checkpoint",
+            fix="check that config.json belongs to these weights",
+        )
+    return selection
+
+
+def _meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many kinds for a config it cannot use
+        message = str(error).strip().splitlines() or [""]
+        raise FluteError(
+            "cannot build the model that config.json describes",
+            where=str(checkpoint.folder / "config.json"),
+            why=f"{type(error).__name__}: {message[0]}",
+            fix="install a transformers release that knows model_type "
+            f"{checkpoint.config.get('model_type')!r}, or correct config.json",
+        ) from error
+
+
+def _decoder_stacks(model: torch.nn.Module) -> list[str]:
+    """Names of the outermost ModuleLists as long as the decoder is deep.
+
+    Other lists (vision towers, per-expert lists) differ in length or lie inside a block.
+    """
+    text_config = model.config.get_text_config()
+    depth = getattr(text_config, "num_hidden_layers", None)
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module)
+    }
+    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    own = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    fitting = [n for n in outermost if len(lists[n]) == depth and (not own or id(lists[n]) in own)]
+    return fitting or outermost
+
+
+def _stored_name(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
+    """Checkpoint name of a module: its own, or without or with the prefix of the base model."""
+    candidates = [name, f"{prefix}{name}"]
+    if name.startswith(prefix):
+        candidates.append(name.removeprefix(prefix))
+    for candidate in candidates:
+        info = checkpoint.tensors.get(f"{candidate}.weight")
+        if info is not None and len(info.shape) == 2 and info.dtype.is_floating_point:
+            return candidate
+    return None
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, module: torch.nn.Linear) -> None:
+    expected = (module.out_features, module.in_features)
+    info = checkpoint.tensors[f"{name}.weight"]
+    if info.shape != expected:
+        raise FluteError(
+            "weight does not fit config.json",
+            where=f"{info.file}: {info.name}",
+            why=f"its shape is {list(info.shape)}, the model needs {list(expected)}",
+            fix="check that config.json belongs to these weights",
+        )
+
+
+def _is_router(model: torch.nn.Module, name: str, module: torch.nn.Linear) -> bool:
+    """A linear beside experts with one output for each expert, or one for a shared expert."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(parent, EXPERTS) and "router" not in type(parent).__name__.lower():
+        return False
+    config = model.config.get_text_config()
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    return module.out_features in {1, *(getattr(config, count, None) for count in counts)}
+
+
+def _moe_tensors(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[list[str], bool]:
+    """Routers and experts that hold plain parameters instead of linear modules."""
+    routers: list[str] = []
+    has_experts = any(f".{EXPERTS}." in f".{name}." for name in checkpoint.tensors)
+    for name, module in model.named_modules():
+        if not hasattr(module, EXPERTS) or not name:
+            continue
+        for child, router in module.named_children():
+            is_plain = not isinstance(router, torch.nn.Linear) and child != EXPERTS
+            weight = router._parameters.get("weight") if is_plain else None
+            if weight is not None and weight.dim() == 2:
+                routers.append(f"{name}.{child}")
+    return routers, has_experts
+
+
+def fused_groups(modules: Mapping[str, object]) -> Iterator[list[str]]:
+    """Groups of at least two modules that vLLM keeps as one matrix (q, k, v; gate and up)."""
+    seen: set[str] = set()
+    for name in modules:
+        group = [other for other in fused_siblings(name) if other in modules]
+        if len(group) > 1 and name not in seen:
+            seen.update(group)
+            yield group
