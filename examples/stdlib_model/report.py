@@ -39,7 +39,7 @@ and knows nothing else; it is not an assistant.
 | data | standard library of Python {python}, source text, tests included, no generated tables |
 | licence of the data | PSF License 2.0; the model can repeat parts of it verbatim |
 | parameters | {parameters} |
-| tokens trained | {tokens_trained} ({epochs:.0f} times {corpus_tokens}) |
+| tokens trained | {tokens_trained}; the corpus has {corpus_tokens} |
 | time | {seconds} s on {device}, torch {torch} |
 | held-out perplexity, float32 | {heldout_ppl_fp32} |
 | held-out perplexity, bfloat16 | {heldout_ppl_bf16} |
@@ -61,9 +61,7 @@ def generate(model, tokenizer, prompt: str, temperature: float, tokens: int = 80
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95}
     options = sampling if temperature else {"do_sample": False}
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options
-    )
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
@@ -92,7 +90,6 @@ def write_report(arguments, folder: Path, counted: dict) -> None:
     card = CARD.format(
         millions=counted["parameters"] / 1e6,
         layers=model.config.num_hidden_layers,
-        epochs=counted["tokens_trained"] / counted["corpus_tokens"],
         heldout_count=len(full["files"]),
         **metrics,
     )

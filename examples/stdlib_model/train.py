@@ -18,6 +18,7 @@ import random
 import sys
 import sysconfig
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch.nn import functional
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from corpus import split  # noqa: E402
+from corpus import is_test, split  # noqa: E402
 from report import write_report  # noqa: E402
 from tokenizer import train_tokenizer  # noqa: E402
 
@@ -53,12 +54,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stdlib-version", default=platform.python_version())
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--epochs", type=float, default=16)
+    parser.add_argument("--epochs", type=float, default=28)
     parser.add_argument("--steps", type=int, help="instead of --epochs, for a trial run")
     parser.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="of embeddings and norms")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.3)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--test-share", type=float, default=0.5, help="of Lib/test in an epoch")
     parser.add_argument("--validate-every", type=int, default=200, help="steps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -78,37 +81,70 @@ def build_model(vocabulary: int, tokenizer, layers: int):
         pad_token_id=tokenizer.pad_token_id,
         **{**GEOMETRY, "num_hidden_layers": layers},
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).train()
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.data.mul_(1 / math.sqrt(2 * layers))
     return model
 
 
+def add_dropout(model, share: float) -> None:
+    """Drops ``share`` of the embeddings and of what each block adds; only while training.
+
+    The corpus is small enough to be learnt by heart; LLaMA's own code has no such dropout.
+    """
+
+    def drop(module, inputs, output):
+        return functional.dropout(output, share, module.training)
+
+    model.model.embed_tokens.register_forward_hook(drop)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
+
+
 class Windows:
     """Training windows: the begin token, then 1023 tokens of the shuffled files.
 
-    Every epoch shuffles the files and starts at another offset, so no window comes back. The
-    begin token in front of any place in a file is also the protocol of the evaluation.
+    Every epoch takes all library files and a share of the tests in a new order, at another
+    offset, so no window comes back. The begin token in front of any place in a file is the
+    protocol of the evaluation. Windows start at the start of a line: a ``def`` after the begin
+    token then stands in column 0, as it does in a prompt.
     """
 
-    def __init__(self, documents: list[list[int]], bos: int, eos: int, seed: int) -> None:
-        self.documents = [[*ids, eos] for ids in documents]
-        self.tokens = sum(map(len, self.documents))
-        self.bos = bos
+    def __init__(
+        self,
+        documents: dict[str, list[int]],
+        tokenizer,
+        seed: int,
+        test_share: float = 1.0,
+    ) -> None:
+        self.bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        complete = {path: [self.bos, *ids, eos] for path, ids in documents.items()}
+        self.library = [ids for path, ids in complete.items() if not is_test(path)]
+        self.tests = [ids for path, ids in complete.items() if is_test(path)]
+        self.corpus_tokens = sum(map(len, complete.values()))
+        self.tests_taken = round(test_share * len(self.tests))
+        self.epoch_tokens = sum(map(len, self.library)) + round(
+            test_share * sum(map(len, self.tests))
+        )
+        newlines = [i for i in range(len(tokenizer)) if set(tokenizer.decode([i])) == {"\n"}]
+        self.before_line = torch.tensor([self.bos, *newlines])
         self.random = random.Random(seed)
 
     def epoch(self) -> torch.Tensor:
         """int64 [windows, CONTEXT], in random order."""
-        order = list(range(len(self.documents)))
-        self.random.shuffle(order)
-        offset = self.random.randrange(CONTEXT - 1)
-        stream = torch.tensor([token for index in order for token in self.documents[index]])
-        stream = stream.roll(offset)
-        count = stream.numel() // (CONTEXT - 1)
-        windows = stream[: count * (CONTEXT - 1)].view(count, CONTEXT - 1)
-        shuffled = windows[torch.tensor(self.random.sample(range(count), count))]
-        return torch.cat([torch.full((count, 1), self.bos), shuffled], 1)
+        documents = self.library + self.random.sample(self.tests, self.tests_taken)
+        self.random.shuffle(documents)
+        stream = torch.tensor(list(chain.from_iterable(documents)))
+        stream = stream.roll(self.random.randrange(CONTEXT - 1))
+        line_starts = torch.isin(stream, self.before_line).nonzero()[:, 0] + 1
+        starts = torch.arange(0, stream.numel() - 2 * CONTEXT, CONTEXT - 1)
+        starts = line_starts[torch.searchsorted(line_starts, starts)]
+        starts = starts[starts <= stream.numel() - CONTEXT]
+        starts = starts[torch.tensor(self.random.sample(range(len(starts)), len(starts)))]
+        windows = stream[starts[:, None] + torch.arange(CONTEXT - 1)]
+        return torch.cat([torch.full((len(windows), 1), self.bos), windows], 1)
 
     def batches(self, size: int, device: str):
         while True:
@@ -150,15 +186,17 @@ def loss_of(model, windows: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(model, windows: torch.Tensor, size: int) -> float:
+    model.eval()
     parts = [loss_of(model, windows[i : i + size]) for i in range(0, len(windows), size)]
     weights = [min(size, len(windows) - i) for i in range(0, len(windows), size)]
+    model.train()
     return sum(p.item() * w for p, w in zip(parts, weights, strict=True)) / len(windows)
 
 
 def train(model, data: Windows, validation: torch.Tensor, arguments) -> dict:
     """Trains in place, ends with the weights of the best validation; returns what was counted."""
     size = arguments.batch_size
-    steps = arguments.steps or int(arguments.epochs * data.tokens / (size * (CONTEXT - 1)))
+    steps = arguments.steps or int(arguments.epochs * data.epoch_tokens / (size * (CONTEXT - 1)))
     optimizers = make_optimizers(model, arguments)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     forward = torch.compile(model, dynamic=False) if arguments.compile else model
@@ -190,7 +228,7 @@ def train(model, data: Windows, validation: torch.Tensor, arguments) -> dict:
     model.load_state_dict(best_state)
     return {
         "tokens_trained": steps * size * CONTEXT,
-        "corpus_tokens": data.tokens,
+        "corpus_tokens": data.corpus_tokens,
         "steps": steps,
         "seconds": round(time.perf_counter() - start, 1),
         "validation_nll": round(best, 4),
@@ -216,15 +254,18 @@ def main() -> None:
     training, validation, _ = split(arguments.stdlib)
     tokenizer = train_tokenizer(training.values(), CONTEXT)
 
-    def encode(texts: dict[str, str]) -> list[list[int]]:
-        return tokenizer(list(texts.values()), add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(texts: dict[str, str]) -> dict[str, list[int]]:
+        ids = tokenizer(list(texts.values()), add_special_tokens=False, verbose=False)["input_ids"]
+        return dict(zip(texts, ids, strict=True))
 
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    data = Windows(encode(training), bos, eos, arguments.seed)
+    data = Windows(encode(training), tokenizer, arguments.seed, arguments.test_share)
     model = build_model(len(tokenizer), tokenizer, arguments.layers).to(arguments.device)
+    add_dropout(model, arguments.dropout)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters} parameters, {len(training)} files, {data.tokens} tokens", flush=True)
-    unseen = Windows(encode(validation), bos, eos, 0).epoch().to(arguments.device)
+    print(
+        f"{parameters} parameters, {len(training)} files, {data.corpus_tokens} tokens", flush=True
+    )
+    unseen = Windows(encode(validation), tokenizer, 0).epoch().to(arguments.device)
     counted = train(model, data, unseen, arguments)
     if arguments.report:
         folder = arguments.out / "model"
