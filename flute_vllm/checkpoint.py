@@ -80,7 +80,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise FluteError(
-            "unreadable JSON", where=str(path), why=f"expected an object, got {type(value).__name__}",
+            "unreadable JSON", where=str(path),
+            why=f"expected an object, got {type(value).__name__}",
             fix="download the file again",
         )  # fmt: skip
     return value
@@ -192,7 +193,7 @@ class Checkpoint:
                 "no safetensors file", where=str(self.folder),
                 why=f"only pickle files, which can run code: {', '.join(pickles)}" if pickles
                 else "the folder holds no *.safetensors",
-                fix="convert the weights with transformers' save_pretrained(safe_serialization=True)",
+                fix="load the model with transformers and save it with save_pretrained",
             )  # fmt: skip
         return files
 

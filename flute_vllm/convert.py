@@ -111,11 +111,11 @@ def open_source(folder: str | Path) -> Source | Checkpoint:
 
 def dense_state_dict(
     folder: str | Path,
-) -> tuple[dict[str, Any], Iterator[tuple[str, dict[str, torch.Tensor]]]]:
-    """The dense twin of a native, foreign or dense checkpoint, in memory file by file.
+) -> tuple[dict[str, Any], Iterator[tuple[str, torch.Tensor]]]:
+    """The dense twin of a native, foreign or dense checkpoint, tensor by tensor.
 
     Returns:
-        config.json without quantization_config, and an iterator over (file name, tensors).
+        config.json without quantization_config, and an iterator over (name, tensor).
         A quantized weight becomes ``<module>.weight`` [N, K] in the dtype of its scales, rounded
         once; other tensors are unchanged.
     """
@@ -126,14 +126,14 @@ def dense_state_dict(
         checkpoint, modules = source.checkpoint, source.modules()
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
 
-    def files() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        for path, kept, here in _by_file(checkpoint, modules):
-            tensors = {name: checkpoint.load(name) for name in kept}
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for _, kept, here in _by_file(checkpoint, modules):
+            for name in kept:
+                yield name, checkpoint.load(name)
             for module in here:
-                tensors[f"{module}.weight"] = _dense(source.load(module))
-            yield path.name, tensors
+                yield f"{module}.weight", _dense(source.load(module))
 
-    return config, files()
+    return config, tensors()
 
 
 def dequantize_checkpoint(

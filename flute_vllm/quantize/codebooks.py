@@ -27,7 +27,12 @@ class Codebook:
 
 def normal_float(bits: int) -> Codebook:
     """The NormalFloat table of 2, 3 or 4 bits, from its JSON file."""
-    return load_codebook(data_path("configs", "codebooks", f"nf{bits}.json"))
+    return read_codebook(data_path("configs", "codebooks", f"nf{bits}.json"))
+
+
+def load_codebook(name: str) -> torch.Tensor:
+    """Values of a shipped table by its name, such as "nf4": float32, ascending."""
+    return read_codebook(data_path("configs", "codebooks", f"{name}.json")).values
 
 
 def normal_float_construction(bits: int) -> list[float]:
@@ -48,7 +53,7 @@ def normal_float_construction(bits: int) -> list[float]:
     return [value / largest for value in values]
 
 
-def load_codebook(path: str | Path) -> Codebook:
+def read_codebook(path: str | Path) -> Codebook:
     """Reads ``{"bits": b, "table_kind": "scalar" | "pair", "values": [...]}``.
 
     Other keys (name, provenance) are free. A pair table lists [first, second] for each index

@@ -21,7 +21,7 @@ from flute_vllm import __version__
 from flute_vllm.checkpoint import AtomicFolder, Checkpoint, Layout, layout_nbytes
 from flute_vllm.errors import FluteError
 from flute_vllm.format import FORMAT_VERSION, SCALE_DTYPES, TENSOR_NAMES, LayerSpec
-from flute_vllm.quantize.codebooks import Codebook, load_codebook, normal_float
+from flute_vllm.quantize.codebooks import Codebook, normal_float, read_codebook
 from flute_vllm.quantize.structure import Selection, fused_groups, select_modules
 from flute_vllm.quantize.tensor import QuantizedTensor, quantize_tensor
 from flute_vllm.schema import FluteQuantizationConfig, Override, module_matches
@@ -95,7 +95,6 @@ def quantize_checkpoint(
         FluteError: an unusable source or setting, a weight that is not finite, a full disk.
     """
     settings = settings or QuantizeSettings()
-    started = time.perf_counter()
     folder = AtomicFolder(out)
     checkpoint = Checkpoint(source)
     plan = plan_checkpoint(checkpoint, settings)
@@ -104,6 +103,7 @@ def quantize_checkpoint(
         logger.warning("%s", note)
     if on_plan is not None:
         on_plan(plan)
+    started = time.perf_counter()
     reports: list[ModuleReport] = []
     with folder:
         folder.reserve(plan.nbytes)
@@ -194,7 +194,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 def _codebooks(settings: QuantizeSettings) -> dict[int, Codebook]:
     if settings.table is None:
         return {}
-    codebook = load_codebook(settings.table)
+    codebook = read_codebook(settings.table)
     if codebook.bits not in {settings.bits, *settings.overrides.values()}:
         raise FluteError(
             "the table is used by no module",
