@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,9 +29,13 @@ _SCHEMAS = (
 )
 
 
-@cache
+_compiled: bool | None = None  # what load() found
+
+
 def load() -> bool:
     """Makes the ops of the namespace ``flute`` available; later calls do nothing.
+
+    Call it before torch.compile meets :func:`gemm`: a file cannot be loaded while tracing.
 
     Returns:
         True with the compiled library, False with the pure-torch ops.
@@ -40,6 +43,9 @@ def load() -> bool:
     Raises:
         FluteError: the library exists, but cannot be loaded.
     """
+    global _compiled
+    if _compiled is not None:
+        return _compiled
     compiled = LIBRARY.exists()
     if compiled:
         try:
@@ -62,9 +68,10 @@ def load() -> bool:
         _define_reference()
     torch.library.register_fake("flute::gemm", _fake_gemm)
     torch.library.register_fake("flute::dequantize", _fake_dequantize)
-    if compiled and not _has_cuda_kernels():
+    if compiled and not _registered_on_cuda():
         for name in ("gemm", "dequantize"):
             torch.library.impl(f"flute::{name}", "CUDA", _no_cuda)
+    _compiled = compiled
     return compiled
 
 
@@ -94,7 +101,8 @@ def gemm(
     Raises:
         RuntimeError: arguments do not fit together; the message names the argument and numbers.
     """
-    load()
+    if _compiled is None:
+        load()
     return torch.ops.flute.gemm(x, qweight, scales, table, part_sizes, bits, group_size)
 
 
@@ -112,7 +120,8 @@ def dequantize(
     ``dtype`` is the dtype of ``scales`` when None; float32 keeps the exact product. Raises
     RuntimeError like :func:`gemm`.
     """
-    load()
+    if _compiled is None:
+        load()
     return torch.ops.flute.dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype)
 
 
@@ -153,16 +162,16 @@ def cpu_isas() -> tuple[str, ...]:
 
 def has_cuda_kernels() -> bool:
     """Whether the loaded library was built with its CUDA kernels."""
-    return load() and _has_compiled_cuda
+    return load() and _cuda_is_ours
 
 
-_has_compiled_cuda = False
+_cuda_is_ours = False
 
 
-def _has_cuda_kernels() -> bool:
-    global _has_compiled_cuda
-    _has_compiled_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("flute::gemm", "CUDA")
-    return _has_compiled_cuda
+def _registered_on_cuda() -> bool:
+    global _cuda_is_ours
+    _cuda_is_ours = torch._C._dispatch_has_kernel_for_dispatch_key("flute::gemm", "CUDA")
+    return _cuda_is_ours
 
 
 def _no_cuda(*_args: object, **_options: object) -> torch.Tensor:
@@ -174,7 +183,7 @@ def _no_cuda(*_args: object, **_options: object) -> torch.Tensor:
     )
 
 
-def _fake_gemm(x, qweight, scales, table, part_sizes, bits, group_size):  # noqa: ANN001
+def _fake_gemm(x, qweight, scales, table, part_sizes, bits, group_size):
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -207,19 +216,21 @@ def _check_reference(qweight, scales, table, part_sizes, bits, group_size) -> No
     kind = "pair" if table.dim() == 3 else "scalar"
     names = {dtype: name for name, dtype in fmt.SCALE_DTYPES.items()}
     if scales.dtype not in names or table.dtype != scales.dtype:
-        raise _misfit("scales", f"dtypes {scales.dtype} and {table.dtype} are not one of fp16, bf16")
+        raise _misfit(
+            "scales", f"dtypes {scales.dtype} and {table.dtype} are not one of fp16, bf16"
+        )
     spec = fmt.LayerSpec(bits, group_size, names[scales.dtype], kind)
     if qweight.dim() != 2 or qweight.dtype != torch.int32 or qweight.shape[1] % bits:
-        raise _misfit("qweight", f"{qweight.dtype} {list(qweight.shape)} is not [N, K / 32 * {bits}]")
+        raise _misfit(
+            "qweight", f"{qweight.dtype} {list(qweight.shape)} is not [N, K / 32 * {bits}]"
+        )
     columns = qweight.shape[1] // bits * fmt.UNIT
     spec.check_in_features(columns, "flute::gemm")
     layout = spec.tensor_layout(qweight.shape[0], columns)
     if tuple(scales.shape) != layout["scales"][0]:
         raise _misfit("scales", f"{list(scales.shape)} is not {list(layout['scales'][0])}")
     if tuple(table.shape) != (len(part_sizes), *spec.table_shape):
-        raise _misfit(
-            "table", f"{list(table.shape)} is not {[len(part_sizes), *spec.table_shape]}"
-        )
+        raise _misfit("table", f"{list(table.shape)} is not {[len(part_sizes), *spec.table_shape]}")
     if sum(part_sizes) != qweight.shape[0] or min(part_sizes) < 0:
         raise _misfit("part_sizes", f"{list(part_sizes)} do not sum to {qweight.shape[0]} rows")
 

@@ -19,7 +19,9 @@ std::string shape_of(const Tensor& tensor) {
   return out + "]";
 }
 
-const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
+const char* name_of(ScalarType type) {
+  return torch::headeronly::toString(type);
+}
 
 Dtype to_dtype(const char* op, const char* argument, ScalarType type) {
   switch (type) {
@@ -50,8 +52,8 @@ namespace {
 
 void check_place(const char* op, const char* argument, const Tensor& tensor,
                  const Tensor& qweight) {
-  const bool same_kind = tensor.is_cuda() == qweight.is_cuda() &&
-                         tensor.is_cpu() == qweight.is_cpu();
+  const bool same_kind =
+      tensor.is_cuda() == qweight.is_cuda() && tensor.is_cpu() == qweight.is_cpu();
   FLUTE_CHECK(same_kind && tensor.get_device_index() == qweight.get_device_index(), op, argument,
               ("it is on another device than qweight"),
               ("move all tensors of the call to one device"));
@@ -67,13 +69,13 @@ int64_t check_table(const char* op, const Tensor& table, const Tensor& scales, i
                     int64_t parts) {
   const bool pair = table.dim() == 3;
   const int64_t entries = pair ? int64_t(1) << (2 * bits) : int64_t(1) << bits;
-  const bool fits = (table.dim() == 2 || (pair && table.size(2) == 2)) &&
-                    table.size(0) == parts && table.size(1) == entries;
-  FLUTE_CHECK(fits, op, "table",
-              ("shape ", shape_of(table), " is neither [", parts, ", ", int64_t(1) << bits,
-               "] nor [", parts, ", ", int64_t(1) << (2 * bits), ", 2] (", parts, " parts, ", bits,
-               " bits)"),
-              ("stack one table for each entry of part_sizes"));
+  const bool fits = (table.dim() == 2 || (pair && table.size(2) == 2)) && table.size(0) == parts &&
+                    table.size(1) == entries;
+  FLUTE_CHECK(
+      fits, op, "table",
+      ("shape ", shape_of(table), " is neither [", parts, ", ", int64_t(1) << bits, "] nor [",
+       parts, ", ", int64_t(1) << (2 * bits), ", 2] (", parts, " parts, ", bits, " bits)"),
+      ("stack one table for each entry of part_sizes"));
   FLUTE_CHECK(table.scalar_type() == scales.scalar_type(), op, "table",
               ("dtype ", name_of(table.scalar_type()), " differs from the dtype of scales, ",
                name_of(scales.scalar_type())),
@@ -95,8 +97,8 @@ Weight check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
               (group_size, " is not one of 32, 64, 128, 256 and -1 (one scale for each row)"),
               ("pass the group_size of the checkpoint's quantization_config"));
   FLUTE_CHECK(qweight.dim() == 2 && qweight.scalar_type() == ScalarType::Int, op, "qweight",
-              ("expected int32 [N, K / 32 * ", bits, "], got ", name_of(qweight.scalar_type()),
-               " ", shape_of(qweight)),
+              ("expected int32 [N, K / 32 * ", bits, "], got ", name_of(qweight.scalar_type()), " ",
+               shape_of(qweight)),
               ("pass the tensor as the checkpoint stores it"));
   const int64_t n = qweight.size(0), words = qweight.size(1), k = words / bits * kUnit;
   FLUTE_CHECK(words > 0 && words % bits == 0, op, "qweight",
@@ -106,12 +108,11 @@ Weight check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
   FLUTE_CHECK(k % group == 0, op, "group_size",
               (k, " input features are not a multiple of group_size ", group_size),
               ("check that group_size belongs to this tensor"));
-  FLUTE_CHECK(scales.scalar_type() == ScalarType::Half ||
-                  scales.scalar_type() == ScalarType::BFloat16,
-              op, "scales", ("dtype ", name_of(scales.scalar_type()), " is not fp16 or bf16"),
-              ("pass the tensor as the checkpoint stores it"));
-  FLUTE_CHECK(scales.dim() == 2 && scales.size(0) == n && scales.size(1) == k / group, op,
-              "scales",
+  FLUTE_CHECK(
+      scales.scalar_type() == ScalarType::Half || scales.scalar_type() == ScalarType::BFloat16, op,
+      "scales", ("dtype ", name_of(scales.scalar_type()), " is not fp16 or bf16"),
+      ("pass the tensor as the checkpoint stores it"));
+  FLUTE_CHECK(scales.dim() == 2 && scales.size(0) == n && scales.size(1) == k / group, op, "scales",
               ("shape ", shape_of(scales), " is not [", n, ", ", k / group, "] (", k,
                " input features, group_size ", group_size, ")"),
               ("check that group_size belongs to this tensor"));

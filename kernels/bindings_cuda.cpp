@@ -42,8 +42,7 @@ Tensor dense_weight(const char* op, const Weight& weight, const Tensor& qweight,
 
 Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
             std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size) {
-  const Weight weight =
-      check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
+  const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype dtype = check_input("gemm", x, qweight, weight);
   if (x.numel() == 0 || weight.n == 0) return empty_output(x, weight.n);
   const ts::accelerator::DeviceGuard guard(qweight.get_device_index());

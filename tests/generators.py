@@ -91,9 +91,7 @@ def oracle(x: torch.Tensor, problem: Problem) -> torch.Tensor:
     return x.double() @ problem.dense().double().T
 
 
-def errors(
-    y: torch.Tensor, x: torch.Tensor, problem: Problem
-) -> tuple[torch.Tensor, torch.Tensor]:
+def errors(y: torch.Tensor, x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest errors of ``y`` and of torch's own dense product, in units of ``|x| @ |W|.T``.
 
     That unit, and not the result, bounds what rounding can do: a result may cancel to nothing.

@@ -56,8 +56,7 @@ __m512 decode_half(__m512i unit, int half, __m512 table) {
 template <int Bits>
 __m512 load_table(const Layer& layer) {
   float values[kLanes];
-  for (int i = 0; i < kLanes; ++i)
-    values[i] = widen(layer.table[i % (1 << Bits)], layer.dtype);
+  for (int i = 0; i < kLanes; ++i) values[i] = widen(layer.table[i % (1 << Bits)], layer.dtype);
   return _mm512_loadu_ps(values);
 }
 
@@ -66,20 +65,22 @@ __m512i bf16_bits(__m512 v) {  // rounded to nearest even, in the low half of ea
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i sum = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_srli_epi32(
-      _mm512_mask_or_epi32(sum, nan, u, _mm512_set1_epi32(0x400000)), 16);
+  return _mm512_srli_epi32(_mm512_mask_or_epi32(sum, nan, u, _mm512_set1_epi32(0x400000)), 16);
 }
 
-template <Dtype Round>
+__m512 round_lanes(__m512 v, Dtype round) {
+  if (round == Dtype::kBFloat16) return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(v), 16));
+  if (round == Dtype::kFloat16)
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  return v;
+}
+
+template <Dtype Scale>
 __m512 scale_table(__m512 table, uint16_t scale) {
-  if constexpr (Round == Dtype::kBFloat16) {
-    const __m512 product = _mm512_mul_ps(table, _mm512_set1_ps(bf16_to_float(scale)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(product), 16));
-  } else {
-    const __m512 factor = _mm512_cvtph_ps(_mm256_set1_epi16(short(scale)));
-    const __m512 product = _mm512_mul_ps(table, factor);
-    return _mm512_cvtph_ps(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
-  }
+  const __m512 factor = Scale == Dtype::kBFloat16
+                            ? _mm512_set1_ps(bf16_to_float(scale))
+                            : _mm512_cvtph_ps(_mm256_set1_epi16(short(scale)));
+  return round_lanes(_mm512_mul_ps(table, factor), Scale);
 }
 
 __m512 load_float(const void* data, Dtype dtype, int64_t index) {
@@ -131,7 +132,9 @@ struct Tile {
   }
 };
 
-bool computes_bf16(const Layer&, Dtype) { return false; }
+bool computes_bf16(const Layer&, Dtype) {
+  return false;
+}
 
 void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
   float* out = static_cast<float*>(packed) + m * layer.k;
@@ -159,63 +162,86 @@ void gemm(const Layer& layer, const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-template <Dtype Out>
-void store_weights(void* out, int64_t index, __m512 v) {
-  if constexpr (Out == Dtype::kFloat32) {
-    _mm512_storeu_ps(static_cast<float*>(out) + index, v);
-  } else {
-    const __m256i h = Out == Dtype::kBFloat16
-                          ? _mm512_cvtepi32_epi16(bf16_bits(v))
-                          : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(out) + index), h);
-  }
-}
-
-template <int Bits, Dtype Out>
-void dequantize_rows(const Layer& layer, int64_t begin, int64_t end, Dtype round, void* out) {
+template <int Bits>
+void dequantize_floats(const Layer& layer, int64_t begin, int64_t end, Dtype round, float* out) {
   const __m512 table = load_table<Bits>(layer);
-  int64_t at = 0;
   for (int64_t row = begin; row < end; ++row) {
     const uint32_t* codes = layer.row_codes(row);
     for (int64_t group = 0; group < layer.groups; ++group) {
-      const uint16_t scale = layer.row_scales(row)[group];
-      __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(widen(scale, layer.dtype)));
-      if (round == Dtype::kBFloat16)
-        scaled = _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(scaled), 16));
-      else if (round == Dtype::kFloat16)
-        scaled = _mm512_cvtph_ps(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
-      for (int64_t k = 0; k < layer.group; k += kUnit, codes += Bits, at += kUnit) {
+      const float scale = widen(layer.row_scales(row)[group], layer.dtype);
+      const __m512 scaled = round_lanes(_mm512_mul_ps(table, _mm512_set1_ps(scale)), round);
+      for (int64_t k = 0; k < layer.group; k += kUnit, codes += Bits, out += kUnit) {
         const __m512i unit = load_unit<Bits>(codes);
-        store_weights<Out>(out, at, decode_half<Bits>(unit, 0, scaled));
-        store_weights<Out>(out, at + kLanes, decode_half<Bits>(unit, 1, scaled));
+        _mm512_storeu_ps(out, decode_half<Bits>(unit, 0, scaled));
+        _mm512_storeu_ps(out + kLanes, decode_half<Bits>(unit, 1, scaled));
       }
     }
   }
 }
 
-template <Dtype Out>
-void dequantize_to(const Layer& layer, int64_t begin, int64_t end, Dtype round, void* out) {
-  switch (layer.bits) {
-    case 2:
-      return dequantize_rows<2, Out>(layer, begin, end, round, out);
-    case 3:
-      return dequantize_rows<3, Out>(layer, begin, end, round, out);
-    default:
-      return dequantize_rows<4, Out>(layer, begin, end, round, out);
+// The field of each of 32 codes in 16-bit lanes, for tables of 16-bit values.
+template <int Bits>
+struct WordLayout {
+  alignas(64) uint8_t bytes[64];
+  alignas(64) uint16_t shifts[kUnit];
+
+  constexpr WordLayout() : bytes(), shifts() {
+    for (int i = 0; i < kUnit; ++i) {
+      const int bit = Bits * i;
+      shifts[i] = bit % 8;
+      bytes[2 * i] = bit / 8;
+      bytes[2 * i + 1] = bit % 8 + Bits > 8 ? bit / 8 + 1 : 0x80;
+    }
   }
+};
+
+template <int Bits>
+inline constexpr WordLayout<Bits> kWordLayout{};
+
+// Scaled entries are rounded once and looked up as 16-bit values: 4 times faster than rounding
+// each weight, and what large M spends beside torch's GEMM.
+template <int Bits>
+void dequantize_halves(const Layer& layer, int64_t begin, int64_t end, Dtype round, uint16_t* out) {
+  const __m512 table = load_table<Bits>(layer);
+  const __m512i bytes = _mm512_load_si512(kWordLayout<Bits>.bytes);
+  const __m512i shifts = _mm512_load_si512(kWordLayout<Bits>.shifts);
+  for (int64_t row = begin; row < end; ++row) {
+    const uint32_t* codes = layer.row_codes(row);
+    for (int64_t group = 0; group < layer.groups; ++group) {
+      const float scale = widen(layer.row_scales(row)[group], layer.dtype);
+      const __m512 product = _mm512_mul_ps(table, _mm512_set1_ps(scale));
+      const __m256i half = round == Dtype::kBFloat16
+                               ? _mm512_cvtepi32_epi16(bf16_bits(product))
+                               : _mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT);
+      const __m512i scaled = _mm512_broadcast_i64x4(half);
+      for (int64_t k = 0; k < layer.group; k += kUnit, codes += Bits, out += kUnit) {
+        const __m512i fields = _mm512_shuffle_epi8(load_unit<Bits>(codes), bytes);
+        const __m512i index = _mm512_srlv_epi16(fields, shifts);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, scaled));
+      }
+    }
+  }
+}
+
+template <int Bits>
+void dequantize_bits(const Layer& layer, int64_t begin, int64_t end, Dtype round, Dtype out_dtype,
+                     void* out) {
+  if (out_dtype == Dtype::kFloat32)
+    dequantize_floats<Bits>(layer, begin, end, round, static_cast<float*>(out));
+  else
+    dequantize_halves<Bits>(layer, begin, end, out_dtype, static_cast<uint16_t*>(out));
 }
 
 void dequantize(const Layer& layer, int64_t begin, int64_t end, Dtype round, Dtype out_dtype,
                 void* out) {
-  if (layer.pair)
-    return portable_kernels().dequantize(layer, begin, end, round, out_dtype, out);
-  switch (out_dtype) {
-    case Dtype::kFloat32:
-      return dequantize_to<Dtype::kFloat32>(layer, begin, end, round, out);
-    case Dtype::kFloat16:
-      return dequantize_to<Dtype::kFloat16>(layer, begin, end, round, out);
+  if (layer.pair) return portable_kernels().dequantize(layer, begin, end, round, out_dtype, out);
+  switch (layer.bits) {
+    case 2:
+      return dequantize_bits<2>(layer, begin, end, round, out_dtype, out);
+    case 3:
+      return dequantize_bits<3>(layer, begin, end, round, out_dtype, out);
     default:
-      return dequantize_to<Dtype::kBFloat16>(layer, begin, end, round, out);
+      return dequantize_bits<4>(layer, begin, end, round, out_dtype, out);
   }
 }
 

@@ -90,7 +90,9 @@ __m512i scale_table(__m512 table, const uint16_t* scale) {
   return (__m512i)_mm512_cvtne2ps_pbh(product, product);
 }
 
-__m512bh load_x(const uint16_t* x) { return (__m512bh)_mm512_loadu_si512(x); }
+__m512bh load_x(const uint16_t* x) {
+  return (__m512bh)_mm512_loadu_si512(x);
+}
 
 template <int Bits, int C>
 struct Tile {
@@ -143,8 +145,7 @@ struct Tile {
       for (; k + kBlock <= stop; k += kBlock)
         block<C>(codes, k / kUnit * Bits, scaled, x + k, layer.k, sums);
       // Only with one scale for each row can a group end within a block; x is in order there.
-      for (; k < stop; k += kLanes)
-        block<1>(codes, k / kUnit * Bits, scaled, x + k, layer.k, sums);
+      for (; k < stop; k += kLanes) block<1>(codes, k / kUnit * Bits, scaled, x + k, layer.k, sums);
     }
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < M; ++j) out[r * M + j] = _mm512_reduce_add_ps(sums[r][j]);
@@ -155,7 +156,9 @@ bool computes_bf16(const Layer& layer, Dtype x) {
   return x == Dtype::kBFloat16 && layer.dtype == Dtype::kBFloat16;
 }
 
-bool is_ours(const Layer& layer, Dtype x) { return computes_bf16(layer, x) && !layer.pair; }
+bool is_ours(const Layer& layer, Dtype x) {
+  return computes_bf16(layer, x) && !layer.pair;
+}
 
 struct Halves {
   __m512i even, odd;

@@ -1,4 +1,8 @@
 // Chooses the instruction set: what the processor has, what FLUTE_CPU_ISA asks for.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -61,11 +65,22 @@ int from_environment() {
 
 }  // namespace
 
-const char* isa_name(int isa) { return kNames[isa]; }
+const char* isa_name(int isa) {
+  return kNames[isa];
+}
 
 int best_isa() {
   static const int best = detect();
   return best;
+}
+
+bool has_amx_bf16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
 }
 
 int current_isa() {

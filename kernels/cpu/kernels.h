@@ -12,8 +12,8 @@ struct Job {
   const void* x;  // [m, k] contiguous
   Dtype dtype;    // of x and y
   int64_t m;
-  void* y;            // [m, ldy]
-  int64_t ldy;        // distance of two rows of y, in elements
+  void* y;             // [m, ldy]
+  int64_t ldy;         // distance of two rows of y, in elements
   const void* packed;  // what Kernels::pack made of x; 64-byte aligned
 };
 
@@ -27,7 +27,7 @@ struct Kernels {
   // of the weight only, never on how the caller cuts rows into ranges.
   void (*gemm)(const Layer& layer, const Job& job, int64_t begin, int64_t end);
   // Rows [begin, end) of the dense weight to `out` (row `begin` first). Products are rounded to
-  // `round`, then stored as `out_dtype`, which holds the rounded value exactly or is `round`.
+  // `round`, then stored as `out_dtype`, which is `round` or float32.
   void (*dequantize)(const Layer& layer, int64_t begin, int64_t end, Dtype round, Dtype out_dtype,
                      void* out);
 };
@@ -43,9 +43,10 @@ const Kernels& avx512_bf16_kernels();
 #endif
 
 const char* isa_name(int isa);
-int best_isa();              // highest level this machine runs
-int current_isa();           // FLUTE_CPU_ISA, or the best; throws std::runtime_error if unusable
-void request_isa(int isa);   // for tests and benchmarks; throws when this machine cannot run it
-const Kernels& kernels();    // of current_isa()
+int best_isa();             // highest level this machine runs
+int current_isa();          // FLUTE_CPU_ISA, or the best; throws std::runtime_error if unusable
+void request_isa(int isa);  // for tests and benchmarks; throws when this machine cannot run it
+const Kernels& kernels();   // of current_isa()
+bool has_amx_bf16();        // torch's dense GEMM uses it
 
 }  // namespace flute::cpu

@@ -74,7 +74,9 @@ struct RowDecoder {
   }
 };
 
-bool computes_bf16(const Layer&, Dtype) { return false; }
+bool computes_bf16(const Layer&, Dtype) {
+  return false;
+}
 
 void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
   float* out = static_cast<float*>(packed) + m * layer.k;

@@ -8,9 +8,9 @@
 namespace flute::cpu {
 namespace {
 
-// Rows of the weight that stay in the first-level cache while every tile of x passes over them:
-// 16 rows of 4096 4-bit codes are 32 KiB.
-constexpr int64_t kRowChunk = 16;
+// Rows of the weight that stay in the first two levels of cache while every tile of x passes over
+// them: 24 rows of 4096 4-bit codes are 48 KiB.
+constexpr int64_t kRowChunk = 24;
 
 // Tile::run<R, M>(layer, job, m, row, sums) computes R rows of the weight times M rows of x.
 template <class Tile, int R, int M>

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FLUTE_HOST_DEVICE __host__ __device__
+#else
+#define FLUTE_HOST_DEVICE
+#endif
+
 namespace flute {
 
 constexpr int kUnit = 32;  // weights whose codes fill whole 32-bit words at every bit width
@@ -28,8 +34,10 @@ struct Layer {
   int64_t words_per_row;
   int64_t groups;
 
-  const uint32_t* row_codes(int64_t row) const { return codes + row * words_per_row; }
-  const uint16_t* row_scales(int64_t row) const { return scales + row * groups; }
+  FLUTE_HOST_DEVICE const uint32_t* row_codes(int64_t row) const {
+    return codes + row * words_per_row;
+  }
+  FLUTE_HOST_DEVICE const uint16_t* row_scales(int64_t row) const { return scales + row * groups; }
 };
 
 }  // namespace flute
