@@ -205,7 +205,7 @@ def test_dummy_weights_generate(single):
 
 def test_missing_tensor_stops_the_engine_and_is_named(single):
     error = single["broken"]["error"]
-    assert "FluteError" in error
+    assert "flute: missing tensor" in error
     assert "model.layers.1.mlp.down_proj" in error
     assert "scales" in error
 

@@ -106,6 +106,8 @@ class _Collector:
                     f"{', '.join(self.method.importer.tensor_suffixes)}",
                     fix="download the checkpoint again",
                 )  # fmt: skip
+            if suffix in self.method.importer.ignored_suffixes:
+                return
             tensors = self.waiting.setdefault(loaded_shard_id, {})
             tensors[suffix] = loaded_weight
             if all(name in tensors for name in self.method.importer.required_suffixes):
