@@ -121,11 +121,10 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # libtorch.so pulls in libtorch_cuda.so where there is one, for the weak stream symbol.
-        torch_libs = [f"-L{lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        linker = [os.environ.get("CXX", "g++"), "-shared", "-Wl,-z,relro,-z,now"]
+        torch_libs = [f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        linker = [os.environ.get("CXX", "g++"), "-shared"]
         if any(name.endswith(".cu") for name in ext.sources):
             linker = [find_nvcc() or "nvcc", "-shared", "--cudart=static"]
-            torch_libs = [f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
         partial = target.with_suffix(f".{os.getpid()}.tmp")  # a reader never sees half a library
         subprocess.run([*linker, *objects, *torch_libs, "-o", str(partial)], check=True)
         partial.replace(target)

@@ -216,9 +216,7 @@ def _check_reference(qweight, scales, table, part_sizes, bits, group_size) -> No
     kind = "pair" if table.dim() == 3 else "scalar"
     names = {dtype: name for name, dtype in fmt.SCALE_DTYPES.items()}
     if scales.dtype not in names or table.dtype != scales.dtype:
-        raise _misfit(
-            "scales", f"dtypes {scales.dtype} and {table.dtype} are not one of fp16, bf16"
-        )
+        raise _misfit("scales", f"dtypes {scales.dtype}, {table.dtype} are not one of fp16, bf16")
     spec = fmt.LayerSpec(bits, group_size, names[scales.dtype], kind)
     if qweight.dim() != 2 or qweight.dtype != torch.int32 or qweight.shape[1] % bits:
         raise _misfit(

@@ -22,7 +22,9 @@ int64_t dense_rows() {
   return rows;
 }
 
-constexpr int64_t kScratchBytes = 4 << 20;  // of decoded weight: stays in the last-level cache
+// Decoded weight at a time. 4 MB is 5% faster on an idle machine, but each block waits for all
+// threads twice, which costs more than that beside other processes.
+constexpr int64_t kScratchBytes = 8 << 20;
 // Multiply-adds that are worth a thread: below, waking it costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 18;
 

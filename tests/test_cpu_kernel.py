@@ -277,6 +277,11 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
+WITH_LIBRARY = """
+import pathlib
+from flute_vllm import ops
+ops.LIBRARY = pathlib.Path({!r})
+"""
 ONE_CALL = """
 from generators import make_problem, make_x
 from flute_vllm import ops
@@ -294,8 +299,8 @@ def test_isa_from_the_environment():
 
 
 def test_without_library(tmp_path):
-    patch = f"import pathlib; from flute_vllm import ops; ops.LIBRARY = pathlib.Path({str(tmp_path)!r}, 'no.so')\n"
-    done = run_python(patch + ONE_CALL + "ops.gemm(make_x(2, 256), *p.weight)")
+    again = "ops.gemm(make_x(2, 256), *p.weight)"
+    done = run_python(WITH_LIBRARY.format(str(tmp_path / "no.so")) + ONE_CALL + again)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("reference ")
     assert done.stderr.count("flute:") == 1  # one warning, with cost and fix
@@ -308,7 +313,7 @@ def test_without_library(tmp_path):
 def test_unloadable_library_is_an_error(tmp_path):
     broken = tmp_path / "_C.abi3.so"
     broken.write_bytes(b"not a library")
-    code = f"import pathlib; from flute_vllm import ops; ops.LIBRARY = pathlib.Path({str(broken)!r}); ops.load()"
+    code = WITH_LIBRARY.format(str(broken)) + "ops.load()"
     done = run_python(code)
     assert done.returncode != 0
     assert "FluteError" in done.stderr
