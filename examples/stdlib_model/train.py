@@ -4,7 +4,7 @@
     python examples/stdlib_model/train.py --stdlib DIR --stdlib-version 3.11.7
 
 Writes model/ (weights, tokenizer, card) and metrics.json beside this file. About two minutes on a
-data-center GPU. Same seed and machine give the same data order; GPU kernels may still differ in
+data-center GPU, hours on a CPU. Same seed and machine give the same data order; GPU kernels may still differ in
 the last bits from run to run.
 """
 
@@ -54,13 +54,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stdlib-version", default=platform.python_version())
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--epochs", type=float, default=28)
+    parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--steps", type=int, help="instead of --epochs, for a trial run")
     parser.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="of embeddings and norms")
     parser.add_argument("--weight-decay", type=float, default=0.3)
-    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--test-share", type=float, default=0.5, help="of Lib/test in an epoch")
     parser.add_argument("--validate-every", type=int, default=200, help="steps")
     parser.add_argument("--seed", type=int, default=1)
