@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,23 +139,14 @@ def plan_checkpoint(checkpoint: Checkpoint, settings: QuantizeSettings) -> Plan:
         settings.scale_dtype or "bfloat16",
         codebooks[settings.bits].table_kind if settings.bits in codebooks else "scalar",
     )
+    # Settings are checked before the model is built, which takes seconds.
+    _config(default, settings.skip, settings, codebooks)
     selection = select_modules(checkpoint)
     if settings.scale_dtype is None:
         default = default.with_changes(scale_dtype=_source_dtype(checkpoint, selection))
     notes = list(selection.notes)
     dense = [*settings.skip, *selection.dense, *_unfit(selection, default, settings, notes)]
-    config = FluteQuantizationConfig.parse(
-        FluteQuantizationConfig(
-            format_version=FORMAT_VERSION,
-            bits=default.bits,
-            group_size=default.group_size,
-            scale_dtype=default.scale_dtype,
-            table_kind=default.table_kind,
-            modules_to_not_convert=list(dict.fromkeys(dense)),
-            overrides=_overrides(settings, codebooks),
-        ).to_json(),
-        where="command line",
-    )
+    config = _config(default, dense, settings, codebooks)
     found = {module: config.spec_for(module) for module in selection.linears}
     specs = {module: spec for module, spec in found.items() if spec is not None}
     _check_patterns(settings, selection)
@@ -172,6 +163,24 @@ def plan_checkpoint(checkpoint: Checkpoint, settings: QuantizeSettings) -> Plan:
         codebooks.setdefault(spec.bits, normal_float(spec.bits))
     layouts = {path: _layout(checkpoint, names, specs) for path, names in checkpoint.iter_files()}
     return Plan(config, specs, selection.linears, codebooks, layouts, notes)
+
+
+def _config(
+    default: LayerSpec,
+    dense: Iterable[str],
+    settings: QuantizeSettings,
+    codebooks: dict[int, Codebook],
+) -> FluteQuantizationConfig:
+    config = FluteQuantizationConfig(
+        format_version=FORMAT_VERSION,
+        bits=default.bits,
+        group_size=default.group_size,
+        scale_dtype=default.scale_dtype,
+        table_kind=default.table_kind,
+        modules_to_not_convert=list(dict.fromkeys(dense)),
+        overrides=_overrides(settings, codebooks),
+    )
+    return FluteQuantizationConfig.parse(config.to_json(), where="command line")
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

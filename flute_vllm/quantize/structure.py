@@ -56,10 +56,14 @@ def select_modules(checkpoint: Checkpoint) -> Selection:
             selection.linears[stored] = (module.out_features, module.in_features)
         else:
             selection.dense.append(stored or name)
-    dense_routers, expert_tensors = _moe_tensors(model, checkpoint)
-    routers += dense_routers
-    selection.dense += dense_routers
-    if experts or expert_tensors:
+            if inside:
+                selection.notes.append(
+                    f"{name} stays dense: the checkpoint has no floating {name}.weight [N, K]"
+                )
+    stored_routers, has_experts = _stored_routers(model, checkpoint)
+    routers = list(dict.fromkeys([*routers, *stored_routers]))
+    selection.dense += stored_routers
+    if experts or has_experts:
         selection.dense.append(EXPERTS)
         selection.notes.append("experts of mixture-of-experts layers stay dense")
     if routers:
@@ -136,29 +140,36 @@ def _check_shape(checkpoint: Checkpoint, name: str, module: torch.nn.Linear) -> 
         )
 
 
+def _expert_counts(model: torch.nn.Module) -> set[int]:
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return {count for name in names if isinstance(count := getattr(config, name, None), int)}
+
+
 def _is_router(model: torch.nn.Module, name: str, module: torch.nn.Linear) -> bool:
     """A linear beside experts with one output for each expert, or one for a shared expert."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if not hasattr(parent, EXPERTS) and "router" not in type(parent).__name__.lower():
         return False
-    config = model.config.get_text_config()
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    return module.out_features in {1, *(getattr(config, count, None) for count in counts)}
+    return module.out_features in {1, *_expert_counts(model)}
 
 
-def _moe_tensors(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[list[str], bool]:
-    """Routers and experts that hold plain parameters instead of linear modules."""
-    routers: list[str] = []
-    has_experts = any(f".{EXPERTS}." in f".{name}." for name in checkpoint.tensors)
-    for name, module in model.named_modules():
-        if not hasattr(module, EXPERTS) or not name:
-            continue
-        for child, router in module.named_children():
-            is_plain = not isinstance(router, torch.nn.Linear) and child != EXPERTS
-            weight = router._parameters.get("weight") if is_plain else None
-            if weight is not None and weight.dim() == 2:
-                routers.append(f"{name}.{child}")
-    return routers, has_experts
+def _stored_routers(model: torch.nn.Module, checkpoint: Checkpoint) -> tuple[list[str], bool]:
+    """Routers by checkpoint name, and whether there are experts.
+
+    transformers may hold a router as a plain parameter and under another name than the files do,
+    so these are found as small matrices beside tensors named ``<parent>.experts.*``.
+    """
+    marker = f".{EXPERTS}."
+    parents = {name.partition(marker)[0] for name in checkpoint.tensors if marker in name}
+    sizes = {1, *_expert_counts(model)}
+    routers = []
+    for name, info in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        is_matrix = module != name and len(info.shape) == 2
+        if is_matrix and module.rpartition(".")[0] in parents and info.shape[0] in sizes:
+            routers.append(module)
+    return routers, bool(parents)
 
 
 def fused_groups(modules: Mapping[str, object]) -> Iterator[list[str]]:
