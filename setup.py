@@ -36,10 +36,8 @@ ISA_FLAGS = {
 
 def find_nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return next(
-        (path for home in homes if home and (path := shutil.which(f"{home}/bin/nvcc"))),
-        shutil.which("nvcc"),
-    )
+    found = [shutil.which(f"{home}/bin/nvcc") for home in homes if home]
+    return next(filter(None, found), shutil.which("nvcc"))
 
 
 def choose_build() -> str:
@@ -72,8 +70,7 @@ def torch_paths() -> tuple[Path, Path]:
             "  why: the stable ABI that the kernels use begins with torch 2.10\n"
             "  fix: pip install 'torch>=2.10'"
         )
-    home = Path(torch.__file__).parent
-    return home / "include", home / "lib"
+    return Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
 
 
 def cuda_arch_flags() -> list[str]:
@@ -88,7 +85,8 @@ def compile_command(source: Path, include: Path) -> list[str]:
         flags = ["-std=c++17", "-O3", "--cudart=static", "--expt-relaxed-constexpr", *host]
         return [find_nvcc() or "nvcc", *flags, *cuda_arch_flags(), *INCLUDES, "-c", str(source)]
     compiler = os.environ.get("CXX", "g++")
-    flags = [*CXX_FLAGS, *ISA_FLAGS.get(source.name, []), *INCLUDES]
+    isa = ISA_FLAGS.get(source.name, []) if os.uname().machine == "x86_64" else []
+    flags = [*CXX_FLAGS, *isa, *INCLUDES]
     if source.name.startswith("bindings"):
         flags += [*STABLE_ABI, "-isystem", str(include)]
     return [compiler, *flags, "-c", str(source)]
@@ -133,9 +131,8 @@ class BuildKernels(build_ext):
 def extensions(build: str) -> list[Extension]:
     if build == "none":
         return []
-    found = [*ROOT.glob("kernels/*.cpp"), *ROOT.glob("kernels/cpu/*.cpp")]
-    if build == "cuda":
-        found += ROOT.glob("kernels/cuda/*.cu")
+    patterns = ["*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if build == "cuda" else [])]
+    found = [path for pattern in patterns for path in (ROOT / "kernels").glob(pattern)]
     sources = sorted(str(path.relative_to(ROOT)) for path in found)
     if build != "cuda":
         sources.remove("kernels/bindings_cuda.cpp")
