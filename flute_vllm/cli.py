@@ -243,7 +243,8 @@ def _progress() -> Iterator[Progress]:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TextColumn("{task.fields[error]}"), TextColumn("ETA"), Remaining(),
     )  # fmt: skip
-    with Progress(*columns, console=messages, transient=True) as progress:
+    quiet = not messages.is_terminal  # a log file gets no bar, and no blank line for it
+    with Progress(*columns, console=messages, transient=True, disable=quiet) as progress:
         yield progress
 
 
