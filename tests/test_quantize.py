@@ -14,7 +14,8 @@ from tiny_models import ARCHITECTURES, COMMON, write_tiny_model
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.format import LayerSpec, dequantize, dequantize_codes, unpack
+from flute_vllm.format import LayerSpec, dequantize, unpack
+from flute_vllm.importers import from_config
 from flute_vllm.quantize.codebooks import (
     load_codebook,
     normal_float,
@@ -74,11 +75,12 @@ def test_absmax_reproduces_upstream(bits):
     scales, and with them codes, are determined by the dequantized matrix.
     """
     vector = load_file(VECTORS / f"nf_w{bits}g64_n512_k256_fp16_tp32.safetensors")
+    layer = from_config({"num_bits": bits, "group_size": 64}).to_native("module", vector)
+    dense = layer.dequantize()
     table = normal_float(bits).values
-    dense = dequantize_codes(vector["indices"], vector["scales"], vector["tables"])
     result = quantize_tensor(dense, LayerSpec(bits, 64, "float16"), table, "absmax")
-    assert torch.equal(result.scales, vector["scales"])
-    assert torch.equal(unpack(result.qweight, bits), vector["indices"])
+    assert torch.equal(result.scales, layer.scales)
+    assert torch.equal(result.qweight, layer.qweight)
     assert torch.equal(restored(result, bits), dense)
     assert result.error == 0
 
