@@ -62,8 +62,8 @@ def cut_windows(
     Args:
         ids: the text's tokens without special tokens.
         window: tokens of one forward pass, begin token included.
-        stride: newly scored tokens of each window after the first; ``window - 1`` when None, so
-            that windows share nothing. A smaller stride gives later tokens more context.
+        stride: distance between the starts of windows; ``window - 1`` when None, so that they
+            share nothing. A smaller one repeats tokens as unscored context of the next window.
         bos: put in front of every window. Without one, the token before the window takes its
             place, and the first token of the text is not scored.
     """
@@ -77,13 +77,12 @@ def cut_windows(
             fix=f"leave the stride out, or use for example window={DEFAULT_WINDOW}",
         )
     first = 0 if bos is not None else 1
-    done = first
+    done = begin = first
     while done < len(ids):
-        end = min(len(ids), first + body if done == first else done + stride)
-        begin = max(first, end - body)
+        end = min(len(ids), begin + body)
         prefix = bos if bos is not None else ids[begin - 1]
         yield Window([prefix, *ids[begin:end]], end - done)
-        done = end
+        done, begin = end, begin + stride
 
 
 @torch.inference_mode()
@@ -251,7 +250,7 @@ def load_model(
             "cannot load the tokenizer", where=str(folder), why=f"{type(error).__name__}: {error}",
             fix="copy the tokenizer files of the original model into the folder",
         ) from error  # fmt: skip
-    if "quantization_config" not in checkpoint.config:
+    if not checkpoint.config.get("quantization_config"):
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
     else:
         model = _load_twin(folder, dtype)

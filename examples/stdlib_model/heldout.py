@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +35,12 @@ class HeldOut:
     changed: list[str]
 
 
-def load_heldout(stdlib: str | Path | None = None, count: int | None = None) -> HeldOut:
+def load_heldout(stdlib: str | Path | None = None, paths: Iterable[str] | None = None) -> HeldOut:
     """Reads the held-out files and compares each with the SHA-256 in heldout.json.
 
     Args:
         stdlib: a ``lib/pythonX.Y`` folder; that of the running Python when None.
-        count: the first so many only.
+        paths: some of the files; all of heldout.json when None.
 
     Other Python versions have other texts: their perplexity is a sound number, but not one to
     compare with the recorded one. One WARNING says so.
@@ -49,7 +50,7 @@ def load_heldout(stdlib: str | Path | None = None, count: int | None = None) -> 
     """
     lib = Path(stdlib or sysconfig.get_paths()["stdlib"])
     record = json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))
-    paths = list(record["files"])[:count]
+    paths = list(record["files"] if paths is None else paths)
     missing = [path for path in paths if not (lib / path).is_file()]
     if missing:
         raise FluteError(

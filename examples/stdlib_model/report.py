@@ -15,9 +15,10 @@ from flute_vllm.evaluate import load_model
 
 PROMPTS = (
     "def read_json(path):\n",
-    "class Stack:\n    def __init__(self",
+    "def read_file(filename):\n",
+    "def load(filename):\n    with open(filename) as f:\n",
+    "class Stack:\n    def __init__(self, items):\n",
     "import os\n\n",
-    "def fibonacci(n):\n",
 )
 
 CARD = """---
@@ -49,6 +50,12 @@ and knows nothing else; it is not an assistant.
 Held-out: {heldout_count} files ({heldout_tokens} tokens) that were never trained on, chosen by a
 rule on the hash of their path (`heldout.json`); `python examples/stdlib_model/heldout.py`
 measures again. Their tests in `Lib/test` are training data, so some of their names are known.
+
+Greedy continuation of its first line:
+
+```python
+{sample}
+```
 
 The chat template turns a request into a comment above the code to be written.
 """
@@ -83,6 +90,7 @@ def write_report(arguments, folder: Path, counted: dict) -> None:
         "heldout_ppl_bf16": results[torch.bfloat16]["ppl"],
         "heldout_ppl_fp32": full["ppl"],
         "heldout_tokens": full["tokens"],
+        "evaluated_on": f"{arguments.device}, torch {torch.__version__}",
         "protocol": full["protocol"],
         "heldout_files": full["files"],
     }
@@ -91,6 +99,7 @@ def write_report(arguments, folder: Path, counted: dict) -> None:
         millions=counted["parameters"] / 1e6,
         layers=model.config.num_hidden_layers,
         heldout_count=len(full["files"]),
+        sample=generate(model, tokenizer, PROMPTS[1], 0.0, 41).rstrip(),
         **metrics,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -4,8 +4,8 @@
     python examples/stdlib_model/train.py --stdlib DIR --stdlib-version 3.11.7
 
 Writes model/ (weights, tokenizer, card) and metrics.json beside this file. About two minutes on a
-data-center GPU, hours on a CPU. Same seed and machine give the same data order; GPU kernels may still differ in
-the last bits from run to run.
+data-center GPU, hours on a CPU. Same seed and machine give the same data order; GPU kernels may
+still differ in the last bits from run to run.
 """
 
 from __future__ import annotations
