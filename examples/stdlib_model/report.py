@@ -51,7 +51,7 @@ Held-out: {heldout_count} files ({heldout_tokens} tokens) that were never traine
 rule on the hash of their path (`heldout.json`); `python examples/stdlib_model/heldout.py`
 measures again. Their tests in `Lib/test` are training data, so some of their names are known.
 
-Greedy continuation of its first line:
+Greedy continuation of the first line:
 
 ```python
 {sample}
