@@ -30,7 +30,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": AVX512,
-    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
 }
 
 

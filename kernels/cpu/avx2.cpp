@@ -104,7 +104,7 @@ Table scale_table(const Table& table, uint16_t scale, Dtype dtype, Dtype round) 
   return {low, round_lanes(_mm256_mul_ps(table.high, factor), round)};
 }
 
-float total(__m256 v) {
+float sum_lanes(__m256 v) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
@@ -163,6 +163,8 @@ constexpr int kOrder[2][kUnit / 2] = {
 
 template <int Bits, Dtype Scale>
 struct Tile {
+  static constexpr int kWidth = 8, kElementBytes = 4;
+
   // Sixteen registers: eight sums for M = 8, and two tables for each row at four bits.
   template <int M>
   static constexpr int rows() {
@@ -189,34 +191,43 @@ struct Tile {
   }
 
   template <int R, int M>
-  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, float* out) {
+  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, Span span,
+                  float* partial) {
     const Table table = load_table<Bits>(layer);
     const float* x = static_cast<const float*>(job.packed) + m * layer.k;
     __m256 sums[R][M];
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < M; ++j) sums[r][j] = _mm256_setzero_ps();
-    int64_t k = 0;
-    for (int64_t group = 0; group < layer.groups; ++group) {
+      for (int j = 0; j < M; ++j)
+        sums[r][j] =
+            span.begin == 0 ? _mm256_setzero_ps() : _mm256_load_ps(partial + (r * M + j) * kWidth);
+    const int64_t ahead = rows_ahead(layer);
+    int64_t k = span.begin;
+    for (int64_t group = k / layer.group; k < span.end; ++group) {
       Scaled scaled[R];
       for (int r = 0; r < R; ++r) scaled[r] = scale(table, layer.row_scales(row + r)[group]);
-      for (const int64_t stop = k + layer.group; k < stop; k += kUnit) {
+      const int64_t stop = smaller((group + 1) * layer.group, span.end);
+      for (; k < stop; k += kUnit) {
         for (int r = 0; r < R; ++r) {
           __m256 weights[kQuarters];
-          decode(layer.row_codes(row + r) + k / kUnit * Bits, scaled[r], weights);
+          const uint32_t* codes = layer.row_codes(row + r) + k / kUnit * Bits;
+          _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T1);
+          decode(codes, scaled[r], weights);
 #pragma GCC unroll 8
           for (int j = 0; j < M; ++j) {
-            const float* values = x + j * layer.k + k;
+            const float* values = x + k * M + j * kLanes;
 #pragma GCC unroll 4
             for (int quarter = 0; quarter < kQuarters; ++quarter)
-              sums[r][j] = _mm256_fmadd_ps(weights[quarter],
-                                           _mm256_loadu_ps(values + quarter * kLanes), sums[r][j]);
+              sums[r][j] = _mm256_fmadd_ps(
+                  weights[quarter], _mm256_load_ps(values + quarter * M * kLanes), sums[r][j]);
           }
         }
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < M; ++j) out[r * M + j] = total(sums[r][j]);
+      for (int j = 0; j < M; ++j) _mm256_store_ps(partial + (r * M + j) * kWidth, sums[r][j]);
   }
+
+  static float total(const float* partial) { return sum_lanes(_mm256_load_ps(partial)); }
 };
 
 bool computes_bf16(const Layer&, Dtype) {
@@ -232,19 +243,20 @@ __m256 load_float(const void* data, Dtype dtype, int64_t index) {
 }
 
 void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
-  float* out = static_cast<float*>(packed) + m * layer.k;
+  if (layer.pair) return portable_kernels().pack(layer, job, m, packed);
+  const Place place = place_of(job.m, m);
   const int64_t first = m * layer.k;
-  if (layer.bits != 4 || layer.pair) {
-    for (int64_t k = 0; k < layer.k; k += kLanes)
-      _mm256_storeu_ps(out + k, load_float(job.x, job.dtype, first + k));
-    return;
-  }
+  float* out = static_cast<float*>(packed);
+  const bool reorders = layer.bits == 4;
   const int (&order)[kUnit / 2] = kOrder[layer.dtype == Dtype::kFloat16];
   for (int64_t k = 0; k < layer.k; k += kUnit / 2) {
-    float values[kUnit / 2];
-    _mm256_storeu_ps(values, load_float(job.x, job.dtype, first + k));
-    _mm256_storeu_ps(values + kLanes, load_float(job.x, job.dtype, first + k + kLanes));
-    for (int i = 0; i < kUnit / 2; ++i) out[k + i] = values[order[i]];
+    alignas(32) float values[kUnit / 2], ordered[kUnit / 2];
+    _mm256_store_ps(values, load_float(job.x, job.dtype, first + k));
+    _mm256_store_ps(values + kLanes, load_float(job.x, job.dtype, first + k + kLanes));
+    for (int i = 0; i < kUnit / 2; ++i) ordered[i] = values[reorders ? order[i] : i];
+    for (int half = 0; half < 2; ++half)
+      _mm256_store_ps(out + place.vector(layer.k, k / kLanes + half, kLanes),
+                      _mm256_load_ps(ordered + half * kLanes));
   }
 }
 

@@ -93,34 +93,44 @@ __m512 load_float(const void* data, Dtype dtype, int64_t index) {
 
 template <int Bits, Dtype Scale>
 struct Tile {
+  static constexpr int kWidth = 16, kElementBytes = 4;
+
   template <int M>
   static constexpr int rows() {
     return M == 8 ? 2 : 4;
   }
 
   template <int R, int M>
-  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, float* out) {
+  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, Span span,
+                  float* partial) {
     const __m512 table = load_table<Bits>(layer);
     const float* x = static_cast<const float*>(job.packed) + m * layer.k;
     __m512 sums[R][M];
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < M; ++j) sums[r][j] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (int64_t group = 0; group < layer.groups; ++group) {
+      for (int j = 0; j < M; ++j)
+        sums[r][j] =
+            span.begin == 0 ? _mm512_setzero_ps() : _mm512_load_ps(partial + (r * M + j) * kWidth);
+    const int64_t ahead = rows_ahead(layer);
+    int64_t k = span.begin;
+    for (int64_t group = k / layer.group; k < span.end; ++group) {
       __m512 scaled[R];
       for (int r = 0; r < R; ++r)
         scaled[r] = scale_table<Scale>(table, layer.row_scales(row + r)[group]);
-      for (const int64_t stop = k + layer.group; k < stop; k += kUnit) {
+      const int64_t stop = smaller((group + 1) * layer.group, span.end);
+      for (; k < stop; k += kUnit) {
         __m512i units[R];
-        for (int r = 0; r < R; ++r)
-          units[r] = load_unit<Bits>(layer.row_codes(row + r) + k / kUnit * Bits);
+        for (int r = 0; r < R; ++r) {
+          const uint32_t* codes = layer.row_codes(row + r) + k / kUnit * Bits;
+          units[r] = load_unit<Bits>(codes);
+          _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T1);
+        }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           __m512 weights[R];
           for (int r = 0; r < R; ++r) weights[r] = decode_half<Bits>(units[r], half, scaled[r]);
 #pragma GCC unroll 8
           for (int j = 0; j < M; ++j) {
-            const __m512 values = _mm512_loadu_ps(x + j * layer.k + k + half * kLanes);
+            const __m512 values = _mm512_load_ps(x + (k + half * kLanes) * M + j * kLanes);
             for (int r = 0; r < R; ++r)
               sums[r][j] = _mm512_fmadd_ps(weights[r], values, sums[r][j]);
           }
@@ -128,8 +138,10 @@ struct Tile {
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < M; ++j) out[r * M + j] = _mm512_reduce_add_ps(sums[r][j]);
+      for (int j = 0; j < M; ++j) _mm512_store_ps(partial + (r * M + j) * kWidth, sums[r][j]);
   }
+
+  static float total(const float* partial) { return _mm512_reduce_add_ps(_mm512_load_ps(partial)); }
 };
 
 bool computes_bf16(const Layer&, Dtype) {
@@ -137,9 +149,12 @@ bool computes_bf16(const Layer&, Dtype) {
 }
 
 void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
-  float* out = static_cast<float*>(packed) + m * layer.k;
-  for (int64_t k = 0; k < layer.k; k += kLanes)
-    _mm512_storeu_ps(out + k, load_float(job.x, job.dtype, m * layer.k + k));
+  if (layer.pair) return portable_kernels().pack(layer, job, m, packed);
+  const Place place = place_of(job.m, m);
+  float* out = static_cast<float*>(packed);
+  for (int64_t v = 0; v < layer.k / kLanes; ++v)
+    _mm512_store_ps(out + place.vector(layer.k, v, kLanes),
+                    load_float(job.x, job.dtype, m * layer.k + v * kLanes));
 }
 
 template <int Bits>

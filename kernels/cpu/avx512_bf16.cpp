@@ -8,7 +8,10 @@
 // vdpbf16ps and vcvtne2ps2bf16 treat subnormal inputs as zero and the former rounds each of its
 // two additions; neither is visible at the magnitudes of a model (below 2^-126).
 //
-// Compiled with -mavx512bf16: only intrinsics and headers whose functions are internal.
+// Processors with BF16 but without VBMI (Cooper Lake) use the AVX-512 kernels.
+//
+// Compiled with -mavx512bf16 -mavx512vbmi: only intrinsics and headers whose functions are
+// internal.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -25,28 +28,21 @@ int codes_per_lane(const Layer& layer) {
   return layer.group % 64 == 0 ? 2 : 1;
 }
 
-// Where the field of each lane lies. 128-bit quarter q of the register is given the four dwords
-// from `first(q)` of the block; the shuffle then works within the quarter.
+// Where the field of each lane lies: the two bytes that hold it, and its first bit in them. Fields
+// of up to 12 bits that begin at an odd multiple of their width never reach into a third byte.
 template <int Field>
 struct Layout {
-  alignas(64) uint32_t dwords[16];
   alignas(64) uint8_t bytes[64];
   alignas(64) uint16_t shifts[kLanes];
 
-  constexpr Layout() : dwords(), bytes(), shifts() {
-    for (int i = 0; i < 16; ++i) {
-      const int dword = first(i / 4) + i % 4;
-      dwords[i] = dword < Field ? dword : 0;
-    }
+  constexpr Layout() : bytes(), shifts() {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int bit = Field * lane, low = bit / 8 - 4 * first(lane / 8);
+      const int bit = Field * lane;
       shifts[lane] = bit % 8;
-      bytes[2 * lane] = low;
-      bytes[2 * lane + 1] = bit % 8 + Field > 8 ? low + 1 : 0x80;  // 0x80: zero, not out of range
+      bytes[2 * lane] = bit / 8;
+      bytes[2 * lane + 1] = (bit / 8 + 1) % 64;  // bits above the field are never looked at
     }
   }
-  // A block has Field dwords; up to four are simply repeated in each quarter.
-  static constexpr int first(int quarter) { return Field <= 4 ? 0 : Field * quarter / 4; }
 };
 
 template <int Field>
@@ -61,17 +57,9 @@ __m512i load_fields(const uint32_t* p) {
   } else if constexpr (Field == 8) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   } else {
-    __m512i v;
-    if constexpr (Field == 4) {
-      v = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    } else if constexpr (Field == 2) {
-      v = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    } else {
-      v = _mm512_maskz_loadu_epi32((1u << Field) - 1, p);
-      v = _mm512_permutexvar_epi32(_mm512_load_si512(kLayout<Field>.dwords), v);
-    }
-    v = _mm512_shuffle_epi8(v, _mm512_load_si512(kLayout<Field>.bytes));
-    return _mm512_srlv_epi16(v, _mm512_load_si512(kLayout<Field>.shifts));
+    const __m512i v = _mm512_maskz_loadu_epi32((1u << Field) - 1, p);
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(kLayout<Field>.bytes), v);
+    return _mm512_srlv_epi16(bytes, _mm512_load_si512(kLayout<Field>.shifts));
   }
 }
 
@@ -82,12 +70,29 @@ __m512 load_table(const Layer& layer) {
   return _mm512_loadu_ps(values);
 }
 
-// round(table * scale), twice 16 entries.
-__m512i scale_table(__m512 table, const uint16_t* scale) {
+__m512 scaled_products(__m512 table, const uint16_t* scale) {
   const __m512i both = _mm512_set1_epi16(short(*scale));
   const __m512i high = _mm512_and_si512(both, _mm512_set1_epi32(int(0xFFFF0000u)));
-  const __m512 product = _mm512_mul_ps(table, _mm512_castsi512_ps(high));
-  return (__m512i)_mm512_cvtne2ps_pbh(product, product);
+  return _mm512_mul_ps(table, _mm512_castsi512_ps(high));
+}
+
+// round(table * scale), twice 16 entries for each row. Two rows share a conversion: it runs on the
+// pipes of vdpbf16ps, which bound M = 8, and the shuffles that repeat a half do not.
+template <int R>
+void scale_tables(__m512 table, const uint16_t* const (&scales)[R], int64_t group,
+                  __m512i (&scaled)[R]) {
+  int r = 0;
+  for (; r + 2 <= R; r += 2) {
+    const __m512 first = scaled_products(table, scales[r] + group);
+    const __m512 second = scaled_products(table, scales[r + 1] + group);
+    const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    scaled[r] = _mm512_shuffle_i64x2(rows, rows, 0x44);
+    scaled[r + 1] = _mm512_shuffle_i64x2(rows, rows, 0xEE);
+  }
+  if (r < R) {
+    const __m512 last = scaled_products(table, scales[r] + group);
+    scaled[r] = (__m512i)_mm512_cvtne2ps_pbh(last, last);
+  }
 }
 
 __m512bh load_x(const uint16_t* x) {
@@ -96,6 +101,8 @@ __m512bh load_x(const uint16_t* x) {
 
 template <int Bits, int C>
 struct Tile {
+  static constexpr int kWidth = 16, kElementBytes = 2;
+
   // 16 sums and their operands fit the 32 registers; R = 4 also hides the latency of vdpbf16ps.
   template <int M>
   static constexpr int rows() {
@@ -104,11 +111,15 @@ struct Tile {
 
   template <int D, int R, int M>
   static inline __attribute__((always_inline)) void block(const uint32_t* const (&codes)[R],
-                                                          int64_t offset, const __m512i (&table)[R],
-                                                          const uint16_t* x, int64_t stride,
-                                                          __m512 (&sums)[R][M]) {
+                                                          int64_t offset, int64_t ahead,
+                                                          const __m512i (&table)[R],
+                                                          const uint16_t* x, __m512 (&sums)[R][M]) {
     __m512i fields[R];
-    for (int r = 0; r < R; ++r) fields[r] = load_fields<Bits * D>(codes[r] + offset);
+    for (int r = 0; r < R; ++r) {
+      fields[r] = load_fields<Bits * D>(codes[r] + offset);
+      if (D == C)
+        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + offset + ahead), _MM_HINT_T1);
+    }
 #pragma GCC unroll 4
     for (int c = 0; c < D; ++c) {
       __m512bh weights[R];
@@ -118,14 +129,15 @@ struct Tile {
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const __m512bh values = load_x(x + m * stride + c * kLanes);
+        const __m512bh values = load_x(x + (c * M + m) * kLanes);
         for (int r = 0; r < R; ++r) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], values);
       }
     }
   }
 
   template <int R, int M>
-  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, float* out) {
+  static void run(const Layer& layer, const Job& job, int64_t m, int64_t row, Span span,
+                  float* partial) {
     const __m512 table = load_table<Bits>(layer);
     const uint16_t* x = static_cast<const uint16_t*>(job.packed) + m * layer.k;
     const uint32_t* codes[R];
@@ -134,22 +146,28 @@ struct Tile {
     for (int r = 0; r < R; ++r) {
       codes[r] = layer.row_codes(row + r);
       scales[r] = layer.row_scales(row + r);
-      for (int j = 0; j < M; ++j) sums[r][j] = _mm512_setzero_ps();
+      for (int j = 0; j < M; ++j)
+        sums[r][j] =
+            span.begin == 0 ? _mm512_setzero_ps() : _mm512_load_ps(partial + (r * M + j) * kWidth);
     }
     constexpr int kBlock = kLanes * C;
-    int64_t k = 0;
-    for (int64_t group = 0; group < layer.groups; ++group) {
+    const int64_t ahead = rows_ahead(layer);
+    int64_t k = span.begin;
+    for (int64_t group = k / layer.group; k < span.end; ++group) {
       __m512i scaled[R];
-      for (int r = 0; r < R; ++r) scaled[r] = scale_table(table, scales[r] + group);
-      const int64_t stop = k + layer.group;
+      scale_tables(table, scales, group, scaled);
+      const int64_t stop = smaller((group + 1) * layer.group, span.end);
       for (; k + kBlock <= stop; k += kBlock)
-        block<C>(codes, k / kUnit * Bits, scaled, x + k, layer.k, sums);
+        block<C>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
       // Only with one scale for each row can a group end within a block; x is in order there.
-      for (; k < stop; k += kLanes) block<1>(codes, k / kUnit * Bits, scaled, x + k, layer.k, sums);
+      for (; k < stop; k += kLanes)
+        block<1>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
     }
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < M; ++j) out[r * M + j] = _mm512_reduce_add_ps(sums[r][j]);
+      for (int j = 0; j < M; ++j) _mm512_store_ps(partial + (r * M + j) * kWidth, sums[r][j]);
   }
+
+  static float total(const float* partial) { return _mm512_reduce_add_ps(_mm512_load_ps(partial)); }
 };
 
 bool computes_bf16(const Layer& layer, Dtype x) {
@@ -174,31 +192,33 @@ Halves deinterleave(__m512i a, __m512i b) {
   return {_mm512_permutex2var_epi16(a, even, b), _mm512_permutex2var_epi16(a, odd, b)};
 }
 
-// Block order of x: value of code c of lane l, which is element C*l + c, goes to 32*c + l.
+// Block order of x: value of code c of lane l, which is element C*l + c, goes to vector c, lane l.
 void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
   if (!is_ours(layer, job.dtype)) return avx512_kernels().pack(layer, job, m, packed);
   const uint16_t* x = static_cast<const uint16_t*>(job.x) + m * layer.k;
-  uint16_t* out = static_cast<uint16_t*>(packed) + m * layer.k;
+  const Place place = place_of(job.m, m);
+  const auto load = [&](int64_t v) { return _mm512_loadu_si512(x + v * kLanes); };
+  const auto store = [&](int64_t v, __m512i values) {
+    _mm512_store_si512(static_cast<uint16_t*>(packed) + place.vector(layer.k, v, kLanes), values);
+  };
   const int lane_codes = codes_per_lane(layer);
-  const int64_t blocks = lane_codes == 1 ? 0 : layer.k / (kLanes * lane_codes);
-  for (int64_t b = 0; b < blocks; ++b, x += kLanes * lane_codes, out += kLanes * lane_codes) {
-    Halves low = deinterleave(_mm512_loadu_si512(x), _mm512_loadu_si512(x + kLanes));
-    if (lane_codes == 2) {
-      _mm512_storeu_si512(out, low.even);
-      _mm512_storeu_si512(out + kLanes, low.odd);
-      continue;
-    }
-    const Halves high =
-        deinterleave(_mm512_loadu_si512(x + 2 * kLanes), _mm512_loadu_si512(x + 3 * kLanes));
+  const int64_t vectors = layer.k / kLanes;
+  int64_t v = 0;
+  for (; lane_codes == 4 && v + 4 <= vectors; v += 4) {
+    const Halves low = deinterleave(load(v), load(v + 1));
+    const Halves high = deinterleave(load(v + 2), load(v + 3));
     const Halves even = deinterleave(low.even, high.even), odd = deinterleave(low.odd, high.odd);
-    _mm512_storeu_si512(out, even.even);
-    _mm512_storeu_si512(out + kLanes, odd.even);
-    _mm512_storeu_si512(out + 2 * kLanes, even.odd);
-    _mm512_storeu_si512(out + 3 * kLanes, odd.odd);
+    store(v, even.even);
+    store(v + 1, odd.even);
+    store(v + 2, even.odd);
+    store(v + 3, odd.odd);
   }
-  const int64_t rest = layer.k - blocks * kLanes * lane_codes;
-  for (int64_t k = 0; k < rest; k += kLanes)
-    _mm512_storeu_si512(out + k, _mm512_loadu_si512(x + k));
+  for (; lane_codes == 2 && v + 2 <= vectors; v += 2) {
+    const Halves halves = deinterleave(load(v), load(v + 1));
+    store(v, halves.even);
+    store(v + 1, halves.odd);
+  }
+  for (; v < vectors; ++v) store(v, load(v));
 }
 
 template <int Bits>

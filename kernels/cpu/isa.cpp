@@ -25,7 +25,8 @@ int detect() {
                     __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (avx512 && bf16) return kAvx512Bf16;
   if (avx512) return kAvx512;
   if (avx2) return kAvx2;
 #endif
