@@ -22,10 +22,10 @@ namespace {
 
 constexpr int kLanes = 32;
 
-// C, the codes of one lane: a block must not cross a group, and a field must fit in 16 bits.
+// C, the codes of one lane: a field must fit in 16 bits, and a block of 32*C weights must not hold
+// more than the two groups whose tables fit in one register.
 int codes_per_lane(const Layer& layer) {
-  if (layer.group % 128 == 0 || layer.groups == 1) return 4;
-  return layer.group % 64 == 0 ? 2 : 1;
+  return layer.group % 64 == 0 || layer.groups == 1 ? 4 : 1;
 }
 
 // Where the field of each lane lies: the two bytes that hold it, and its first bit in them. Fields
@@ -95,11 +95,30 @@ void scale_tables(__m512 table, const uint16_t* const (&scales)[R], int64_t grou
   }
 }
 
+// One table for two groups of 64, each in its half of a block.
+template <int R>
+void scale_table_pairs(__m512 table, const uint16_t* const (&scales)[R], int64_t group,
+                       __m512i (&scaled)[R]) {
+  for (int r = 0; r < R; ++r) {
+    const __m512 first = scaled_products(table, scales[r] + group);
+    const __m512 second = scaled_products(table, scales[r] + group + 1);
+    scaled[r] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  }
+}
+
+// Sends the lanes of the second half to the second half of the table.
+__m512i pair_index(__m512i index) {
+  const __m512i mask = _mm512_set1_epi16(15);
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  return _mm512_ternarylogic_epi32(index, mask, half, 0xEA);  // (index & mask) | half
+}
+
 __m512bh load_x(const uint16_t* x) {
   return (__m512bh)_mm512_loadu_si512(x);
 }
 
-template <int Bits, int C>
+// Pairs: groups of 64, two to a block of C = 4.
+template <int Bits, int C, bool Pairs>
 struct Tile {
   static constexpr int kWidth = 16, kElementBytes = 2;
 
@@ -109,7 +128,7 @@ struct Tile {
     return M == 8 ? 2 : 4;
   }
 
-  template <int D, int R, int M>
+  template <int D, bool Pair, int R, int M>
   static inline __attribute__((always_inline)) void block(const uint32_t* const (&codes)[R],
                                                           int64_t offset, int64_t ahead,
                                                           const __m512i (&table)[R],
@@ -124,7 +143,8 @@ struct Tile {
     for (int c = 0; c < D; ++c) {
       __m512bh weights[R];
       for (int r = 0; r < R; ++r) {
-        const __m512i index = c == 0 ? fields[r] : _mm512_srli_epi16(fields[r], Bits * c);
+        __m512i index = c == 0 ? fields[r] : _mm512_srli_epi16(fields[r], Bits * c);
+        if (Pair) index = pair_index(index);
         weights[r] = (__m512bh)_mm512_permutexvar_epi16(index, table[r]);
       }
 #pragma GCC unroll 8
@@ -153,15 +173,20 @@ struct Tile {
     constexpr int kBlock = kLanes * C;
     const int64_t ahead = rows_ahead(layer);
     int64_t k = span.begin;
+    __m512i scaled[R];
+    for (int64_t group = k / layer.group; Pairs && k + kBlock <= span.end;
+         group += 2, k += kBlock) {
+      scale_table_pairs(table, scales, group, scaled);
+      block<C, true>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
+    }
     for (int64_t group = k / layer.group; k < span.end; ++group) {
-      __m512i scaled[R];
       scale_tables(table, scales, group, scaled);
       const int64_t stop = smaller((group + 1) * layer.group, span.end);
-      for (; k + kBlock <= stop; k += kBlock)
-        block<C>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
-      // Only with one scale for each row can a group end within a block; x is in order there.
+      for (; !Pairs && k + kBlock <= stop; k += kBlock)
+        block<C, false>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
+      // What is left of a row that is no whole number of blocks; x is in order there.
       for (; k < stop; k += kLanes)
-        block<1>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
+        block<1, false>(codes, k / kUnit * Bits, ahead, scaled, x + k * M, sums);
     }
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < M; ++j) _mm512_store_ps(partial + (r * M + j) * kWidth, sums[r][j]);
@@ -213,24 +238,14 @@ void pack(const Layer& layer, const Job& job, int64_t m, void* packed) {
     store(v + 2, even.odd);
     store(v + 3, odd.odd);
   }
-  for (; lane_codes == 2 && v + 2 <= vectors; v += 2) {
-    const Halves halves = deinterleave(load(v), load(v + 1));
-    store(v, halves.even);
-    store(v + 1, halves.odd);
-  }
   for (; v < vectors; ++v) store(v, load(v));
 }
 
 template <int Bits>
 void gemm_bits(const Layer& layer, const Job& job, int64_t begin, int64_t end) {
-  switch (codes_per_lane(layer)) {
-    case 4:
-      return sweep<Tile<Bits, 4>>(layer, job, begin, end);
-    case 2:
-      return sweep<Tile<Bits, 2>>(layer, job, begin, end);
-    default:
-      return sweep<Tile<Bits, 1>>(layer, job, begin, end);
-  }
+  if (codes_per_lane(layer) == 1) return sweep<Tile<Bits, 1, false>>(layer, job, begin, end);
+  if (layer.group == 64) return sweep<Tile<Bits, 4, true>>(layer, job, begin, end);
+  sweep<Tile<Bits, 4, false>>(layer, job, begin, end);
 }
 
 void gemm(const Layer& layer, const Job& job, int64_t begin, int64_t end) {
