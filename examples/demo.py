@@ -16,8 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -52,7 +53,9 @@ def _short(argument: str) -> str:
 
 
 @contextlib.contextmanager
-def vllm_server(model: Path, log: Path) -> Iterator[str]:
+def vllm_server(
+    model: Path, log: Path, extra_arguments: Sequence[str] = ()
+) -> Iterator[str]:
     """Starts ``vllm serve`` on a free local port, yields its base URL and stops it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,6 +63,7 @@ def vllm_server(model: Path, log: Path) -> Iterator[str]:
     command = [
         str(BINARIES / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "demo", "--max-model-len", "512", "--max-num-seqs", "8",
+        *extra_arguments,
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     import torch
@@ -130,9 +134,10 @@ def main() -> None:
     options.out.mkdir(parents=True)
 
     sys.path.insert(0, str(ROOT / "examples" / "stdlib_model"))
-    from heldout import heldout_files
+    from heldout import load_heldout
 
-    texts = heldout_files()
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    texts = [stdlib / path for path in load_heldout().texts]
     rows = []
     for name, bits in [("dense bf16", None), *((f"{bits}-bit", bits) for bits in options.bits)]:
         folder = MODEL
