@@ -1,6 +1,6 @@
 """Checks a built wheel: tags, exact content, entry points, CUDA architectures, import elsewhere.
 
-    python .ci/check_wheel.py dist/flute_vllm-*.whl
+python .ci/check_wheel.py dist/flute_vllm-*.whl
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -29,9 +30,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "stdlib_model" / "model"
 BINARIES = Path(sys.executable).parent
-PROMPT = '''def read_json(path):
-    """Return the object stored in a JSON file."""
-'''
+PROMPT = """def walk(path):
+    for name in os.listdir(path):
+"""
 START_LIMIT_S = 300  # a cold start on 2 cores takes 30 to 90 s
 console = Console()
 
@@ -39,7 +40,8 @@ console = Console()
 def flute(*arguments: str | Path) -> str:
     """Output of the flute-vllm command."""
     command = [str(BINARIES / "flute-vllm"), *map(str, arguments)]
-    console.print(f"[dim]$ flute-vllm {' '.join(map(_short, command[1:]))}[/]", highlight=False)
+    shown = [_short(word) for word in command[1:] if not word.endswith(".py")]
+    console.print(f"[dim]$ flute-vllm {' '.join(shown)}[/]", highlight=False)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         console.print(done.stdout + done.stderr)
@@ -53,9 +55,7 @@ def _short(argument: str) -> str:
 
 
 @contextlib.contextmanager
-def vllm_server(
-    model: Path, log: Path, extra_arguments: Sequence[str] = ()
-) -> Iterator[str]:
+def vllm_server(model: Path, log: Path, extra_arguments: Sequence[str] = ()) -> Iterator[str]:
     """Starts ``vllm serve`` on a free local port, yields its base URL and stops it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -116,12 +116,31 @@ def complete(url: str, prompt: str) -> str:
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
-    answer = client.completions.create(model="demo", prompt=prompt, max_tokens=64, temperature=0)
+    answer = client.completions.create(model="demo", prompt=prompt, max_tokens=48, temperature=0)
     return answer.choices[0].text
 
 
 def measure(model: Path, texts: list[Path]) -> float:
     return json.loads(flute("eval", model, *texts, "--json"))["perplexity"]
+
+
+def write_results(path: Path, rows: list[tuple[str, dict, float]], files: int) -> None:
+    import torch
+    import vllm
+
+    results = {
+        "model": _short(str(MODEL)), "heldout_files": files, "python": platform.python_version(),
+        "torch": torch.__version__, "vllm": vllm.__version__,
+        "command": f"python examples/demo.py {' '.join(sys.argv[1:])}".strip(),
+        "rows": [
+            {
+                "name": name, "bits_per_weight": info["bits_per_weight"]["linears"],
+                "bytes": info["bytes"], "perplexity": perplexity,
+            }
+            for name, info, perplexity in rows
+        ],
+    }  # fmt: skip
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -156,6 +175,7 @@ def main() -> None:
         if not completion.strip():
             raise SystemExit("demo: the completion is empty")
 
+    write_results(options.out / "results.json", rows, len(texts))
     table = Table(title=f"{MODEL.parent.name}, {len(texts)} held-out files")
     for column in ("model", "bits per weight", "file size", "perplexity"):
         table.add_column(column, justify="left" if column == "model" else "right")

@@ -1,4 +1,4 @@
-"""``config.json: quantization_config`` of a checkpoint: fields, rules and the spec of each module."""
+"""``quantization_config`` of a checkpoint's config.json: fields, rules, the spec of each module."""
 
 from __future__ import annotations
 

@@ -36,10 +36,9 @@ def make_layer(kind: str, config, prefix: str, **sizes) -> torch.nn.Module:
     """A vLLM linear layer of class ``kind`` with the quantization ``config``."""
     from vllm.model_executor.layers import linear
 
-    layer = getattr(linear, kind)(
+    return getattr(linear, kind)(
         quant_config=config, prefix=prefix, params_dtype=torch.float32, **sizes
     )
-    return layer
 
 
 def load(layer: torch.nn.Module, tensors: dict[str, torch.Tensor], shard_id=None) -> None:

@@ -1,4 +1,4 @@
-"""Writes small native checkpoints whose modules have tables, bits and groups of their own choice."""
+"""Writes small native checkpoints whose modules have tables, bits and groups of their own."""
 
 from __future__ import annotations
 

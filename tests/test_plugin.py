@@ -33,9 +33,7 @@ def native_config(**changes) -> FluteConfig:
 
 def random_matrix(rows: int, columns: int, spec: LayerSpec, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(
-        0, 2**spec.bits, (rows, columns), generator=generator, dtype=torch.uint8
-    )
+    codes = torch.randint(0, 2**spec.bits, (rows, columns), generator=generator, dtype=torch.uint8)
     dtype = spec.torch_scale_dtype
     groups = spec.num_groups(columns)
     return {
@@ -70,7 +68,7 @@ def test_vllm_finds_the_plugin_in_a_fresh_process():
         "from vllm.model_executor.layers.quantization import get_quantization_config\n"
         "import sys, torch\n"
         "if get_quantization_config('flute').__name__ != 'FluteConfig': raise SystemExit(1)\n"
-        "if 'flute' in dir(torch.ops) and torch.ops.flute.__dict__.get('gemm'): raise SystemExit(2)\n"
+        "if 'gemm' in vars(torch.ops.flute): raise SystemExit(2)\n"
         "if torch.cuda.is_initialized(): raise SystemExit(3)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -151,7 +149,9 @@ def test_qkv_keeps_three_tables_and_replicates_kv_heads(size):
             for name in ("v", "q", "k"):  # any order
                 load(layer, parts[name], name)
             finish(layer)
-        kv_rank, kv_ranks = (rank, size) if size <= kv_heads else (rank * kv_heads // size, kv_heads)
+        kv_rank, kv_ranks = (
+            (rank, size) if size <= kv_heads else (rank * kv_heads // size, kv_heads)
+        )
         expected = [
             dense(parts["q"], 4).chunk(size, 0)[rank],
             dense(parts["k"], 4).chunk(kv_ranks, 0)[kv_rank],

@@ -90,7 +90,12 @@ def job(models: dict[str, Path], name: str, **fields) -> dict:
     engine = fields.pop("engine", {})
     if name.startswith("zoo"):
         engine = {"quantization": "flute", **engine}
-    return {"model": str(models[name] / "quantized"), "prompts": PROMPTS, "engine": engine, **fields}
+    return {
+        "model": str(models[name] / "quantized"),
+        "prompts": PROMPTS,
+        "engine": engine,
+        **fields,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ def _warn_outside_tested_versions() -> None:
     first, last = SUPPORTED_VLLM
     if not first <= minor <= last:
         logger.warning(
-            "flute: written against vLLM %d.%d to %d.%d, found %s; if loading fails, install one of these",
+            "flute: written against vLLM %d.%d to %d.%d, found %s; if loading fails, install one "
+            "of these",
             *first, *last, found,
         )  # fmt: skip

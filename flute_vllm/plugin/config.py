@@ -108,9 +108,7 @@ class FluteConfig(QuantizationConfig):
             }
         )
 
-    def get_quant_method(
-        self, layer: torch.nn.Module, prefix: str
-    ) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         # Heads, embeddings, attention and routed experts stay dense: None means vLLM's default.
         if not isinstance(layer, LinearBase):
             return None

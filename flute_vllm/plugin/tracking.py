@@ -45,10 +45,12 @@ class LoadAccount:
             seen = self._seen.get(name, set())
             missing = [] if WHOLE in seen else [part for part in self.parts if part not in seen]
             if missing:
-                which = "" if self.parts == [WHOLE] else f" (matrix {missing[0]} of the fused layer)"
+                which = (
+                    "" if self.parts == [WHOLE] else f" (matrix {missing[0]} of the fused layer)"
+                )
                 raise FluteError(
                     f"missing tensor {name}", where=f"{self.prefix}.{name}{which}",
-                    why="the checkpoint holds other tensors of this layer or of the model, not this one",
+                    why="the checkpoint holds other tensors of the model, not this one",
                     fix="download or quantize the checkpoint again",
                 )  # fmt: skip
 
