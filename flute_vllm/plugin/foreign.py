@@ -124,7 +124,7 @@ class _Collector:
             raise FluteError(
                 "tensors contradict the config", where=where,
                 why=f"the tensors hold {spec.bits} bits with group_size {spec.group_size}, the "
-                f"config announces {method.spec.bits} bits with group_size {method.spec.group_size}",
+                f"config {method.spec.bits} bits with group_size {method.spec.group_size}",
                 fix="restore the config file that belongs to the checkpoint",
             )  # fmt: skip
         if layer.flute_scale_dtype not in (None, spec.torch_scale_dtype):
