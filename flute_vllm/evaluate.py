@@ -229,8 +229,8 @@ def load_model(
     """Model and tokenizer of a dense or quantized folder, for transformers.
 
     Args:
-        folder: holds config.json, safetensors files and the tokenizer. With a
-            ``quantization_config`` the dense twin is built in memory, each weight rounded once to
+        folder: holds config.json, safetensors files and the tokenizer. For a native or foreign
+            quantized checkpoint the dense twin is built in memory, each weight rounded once to
             the dtype of its scales, as the kernels compute it, and then converted to ``dtype``.
         dtype: of all weights.
         device: torch device of the model.
@@ -240,9 +240,11 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from flute_vllm import importers
     from flute_vllm.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
+    is_quantized = checkpoint.config.get("quantization_config") or importers.find(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -250,7 +252,7 @@ def load_model(
             "cannot load the tokenizer", where=str(folder), why=f"{type(error).__name__}: {error}",
             fix="copy the tokenizer files of the original model into the folder",
         ) from error  # fmt: skip
-    if not checkpoint.config.get("quantization_config"):
+    if not is_quantized:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
     else:
         model = _load_twin(folder, dtype)

@@ -1,0 +1,74 @@
+"""The README says what is true: numbers, commands, variables and links."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_cpu_table_equals_the_committed_results():
+    path = "benchmarks/results/cpu/linear.json"
+    results = json.loads((ROOT / path).read_text())["rows"]
+    speedups = {(r["isa"], r["bits"], r["group_size"], r["m"]): r["speedup"] for r in results}
+    table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
+    columns = [int(m) for m in re.findall(r"M=(\d+)", table[0])]
+    assert len(table) > 8
+    for line in table[2:]:
+        name, setting, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        bits, group = map(int, setting.split(","))
+        for m, value in zip(columns, values, strict=True):
+            assert value == f"{speedups[name.strip('`'), bits, group, m]:.2f}"
+
+
+def test_demo_table_equals_the_committed_results():
+    path = "benchmarks/results/cpu/demo.json"
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
+    expected = [
+        f"| {row['name']} | {row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.2f} MB "
+        f"| {row['perplexity']:.3f} |"
+        for row in rows
+    ]
+    assert table[2:] == expected
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "kernels/README.md"])
+def test_links_and_paths_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+    for name in re.findall(r"`((?:flute_vllm|kernels|tests|benchmarks|examples|\.ci)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_command_is_documented_and_every_documented_command_exists():
+    from flute_vllm.cli import app
+
+    commands = set(typer.main.get_command(app).commands) - {"version"}
+    documented = set(re.findall(r"^\| `flute-vllm (\w+)", README, flags=re.MULTILINE))
+    assert documented == commands
+
+
+def test_every_environment_variable_is_documented():
+    sources = [*ROOT.glob("flute_vllm/**/*.py"), *ROOT.glob("kernels/**/*.c*"), ROOT / "setup.py"]
+    text = "".join(path.read_text() for path in sources) + (ROOT / "Makefile").read_text()
+    used = set(re.findall(r"""["' ](FLUTE_[A-Z_]+)["'= ]""", text))
+    internal = set(re.findall(r"#define (FLUTE_[A-Z_]+)|\b(FLUTE_HOST_DEVICE)\b", text))
+    used -= {name for pair in internal for name in pair}
+    documented = set(re.findall(r"^\| `(FLUTE_[A-Z_]+)`", README, flags=re.MULTILINE))
+    assert used == documented
+
+
+def test_format_fields_are_documented():
+    from flute_vllm.schema import FluteQuantizationConfig
+
+    fields = set(FluteQuantizationConfig.model_fields)
+    section = README.split("### config.json")[1].split("### Tensors")[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == fields
