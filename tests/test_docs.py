@@ -44,7 +44,9 @@ def test_links_and_paths_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / document).parent / target).exists(), target
-    for name in re.findall(r"`((?:flute_vllm|kernels|tests|benchmarks|examples|\.ci)/[\w./-]+)`", text):
+    for name in re.findall(
+        r"`((?:flute_vllm|kernels|tests|benchmarks|examples|\.ci)/[\w./-]+)`", text
+    ):
         assert (ROOT / name).exists(), name
 
 
