@@ -1,0 +1,338 @@
+// y[m, n] = x[m, k] * w[n, k]^T for few rows of x (m <= 32), w in the internal layout.
+//
+// A block computes a few 16-row tiles of w over its range of k. Its warps form `row_warps` groups
+// along the rows; within a group they split k, tile by tile in turns, so that together they read
+// long contiguous runs. Each warp feeds itself: a ring of tiles in flight, private barriers, no
+// block-wide synchronization between the start and the final sum. Where rows alone do not fill the
+// GPU, a cluster of blocks splits k. All sums are in a fixed order: equal inputs give equal bits.
+//
+// The weights are the A operand (16 rows of w), x is B (8 rows of x a tile), both in 16 bits; each
+// group of k accumulates apart in fp32 and is multiplied by its fp32 scale once, so that no weight
+// is rounded after the table.
+#pragma once
+
+#include "lut.cuh"
+
+namespace flute {
+
+constexpr int kMaxSlots = 16;
+constexpr int kXRow = kTileK * 2 + 16;     // bytes; the pad keeps ldmatrix free of bank conflicts
+constexpr int kPartialColumn = 16 + 4;     // floats of one column of x; the pad likewise
+constexpr int kBarrierBytes = (kMaxSlots + 1) * 8;
+
+// What a launch needs; filled by decode_launch.cuh from FluteMatrix and FluteDecodeConfig.
+struct DecodeParams {
+  const uint8_t* records;
+  const uint8_t* table;
+  const void* x;
+  void* y;
+  int m, n, k, k_tiles;
+  int table_bytes;  // of one part
+  bool pair_table;
+  int row_tiles, row_warps, splits, slots;
+  int region_bytes;  // of one warp: its x tile and its ring, later its partial sums
+  int table_offset;  // least distance of the table from the start of shared memory
+  Parts parts;
+};
+
+template <int Bits_, typename T_, int XTiles_, int Groups_>
+struct DecodeShape {
+  using T = T_;
+  static constexpr int kBits = Bits_;
+  static constexpr int kXTiles = XTiles_;  // 8-row tiles of x: 1, 2, 4
+  static constexpr int kGroups = Groups_;  // groups in a tile: 1, 2, 4
+  static constexpr int kWarps = XTiles_ == 4 ? 8 : 16;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kMaxRows = XTiles_ == 1 ? 8 : 4;  // row tiles of one warp
+  static constexpr int kRecord = record_bytes(Bits_, Groups_);
+  static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
+};
+
+// The row tiles that a block computes; they all belong to one part.
+struct BlockRows {
+  int part, first_tile, tiles;  // tiles counted over the whole matrix
+  int first_row, rows;          // in y
+
+  __device__ __forceinline__ BlockRows(const DecodeParams& p, int block) {
+    part = 0;
+    for (int blocks; block >= (blocks = (p.parts.tile[part + 1] - p.parts.tile[part] +
+                                         p.row_tiles - 1) / p.row_tiles);
+         part++)
+      block -= blocks;
+    const int in_part = block * p.row_tiles;
+    first_tile = p.parts.tile[part] + in_part;
+    tiles = min(p.row_tiles, p.parts.tile[part + 1] - first_tile);
+    first_row = p.parts.row[part] + in_part * kTileRows;
+    rows = min(tiles * kTileRows, p.parts.row[part + 1] - first_row);
+  }
+};
+
+// The tiles of one warp on their way to shared memory, in the order of use: for each k tile of the
+// warp, its row tiles.
+template <typename Shape>
+struct TileRing {
+  uint32_t barriers, tiles;  // shared addresses: one barrier and one tile for each slot
+  const uint8_t* next;       // tile to request next
+  int64_t row_step, k_step;  // from one row tile to the next; from the last one to the next k tile
+  int rows, row, left, slots;
+  int slot;
+  uint32_t phase;
+#if FLUTE_HAS_BULK
+  uint64_t policy;
+#endif
+
+  __device__ __forceinline__ void request(int at, int lane) {
+    if (left == 0) return;
+    const uint32_t to = tiles + at * Shape::kRecord, barrier = barriers + at * 8;
+#if FLUTE_HAS_BULK
+    if (lane == 0) bulk_copy(to, next, Shape::kRecord, barrier, policy);
+#else
+#pragma unroll
+    for (int i = 0; i < Shape::kRecord; i += 512)
+      if (i + lane * 16 < Shape::kRecord) copy16(to + i + lane * 16, next + i + lane * 16);
+    copies_arrive(barrier);
+#endif
+    next += row_step;
+    if (++row == rows) row = 0, next += k_step;
+    left--;
+  }
+  __device__ __forceinline__ void start(int lane) {
+    slot = 0, phase = 0, row = 0;
+    for (int i = 0; i < slots; i++) request(i, lane);
+  }
+  __device__ __forceinline__ uint32_t wait() const {
+    barrier_wait(barriers + slot * 8, phase);
+    return tiles + slot * Shape::kRecord;
+  }
+  // After all lanes have read the current tile: its slot is free for another.
+  __device__ __forceinline__ void advance(int lane) {
+    __syncwarp();
+    request(slot, lane);
+    if (++slot == slots) slot = 0, phase ^= 1;
+  }
+};
+
+// One k tile of x: requested while the previous one is multiplied, then held in registers.
+template <typename Shape>
+struct XTile {
+  uint32_t fragment[kFragments][Shape::kXTiles][2];
+
+  static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
+                                                 uint32_t barrier, int k_tile, int lane) {
+    const uint8_t* x = static_cast<const uint8_t*>(p.x);
+    for (int i = lane; i < p.m * 16; i += 32) {
+      const int row = i / 16, k = k_tile * kTileK + (i % 16) * 8;
+      const bool inside = k < p.k;  // k is a multiple of 32, so a copy is all inside or all outside
+      const int64_t at = inside ? (static_cast<int64_t>(row) * p.k + k) * 2 : 0;
+      copy16(to + row * kXRow + (i % 16) * 16, x + at, inside);
+    }
+    copies_arrive(barrier);
+  }
+  // `row_address[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
+  __device__ __forceinline__ void load(const uint32_t (&row_address)[Shape::kXTiles]) {
+#pragma unroll
+    for (int t = 0; t < Shape::kXTiles; t++)
+#pragma unroll
+      for (int f = 0; f < kFragments; f += 2) {
+        uint32_t r[4];
+        load_matrices(r, row_address[t] + f * 32);
+        fragment[f][t][0] = r[0], fragment[f][t][1] = r[1];
+        fragment[f + 1][t][0] = r[2], fragment[f + 1][t][1] = r[3];
+      }
+  }
+};
+
+// Scales of the rows that a lane's sums belong to (g and g + 8), for each group of a tile.
+template <typename Shape>
+struct Scales {
+  uint32_t word[Shape::kGroups];
+  __device__ __forceinline__ void load(uint32_t record, int lane) {
+    const uint32_t at = record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
+    if constexpr (Shape::kGroups == 1) {
+      word[0] = load_shared(at);
+    } else if constexpr (Shape::kGroups == 2) {
+      const uint2 v = load_shared2(at);
+      word[0] = v.x, word[1] = v.y;
+    } else {
+      const uint4 v = load_shared4(at);
+      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+    }
+  }
+};
+
+template <typename Shape>
+using Sums = float[Shape::kXTiles][4];
+
+// sums += tile * x
+template <typename Shape>
+__device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
+                                              const Scales<Shape>& scales, const XTile<Shape>& x,
+                                              uint32_t lane_table) {
+  constexpr int kInGroup = kFragments / Shape::kGroups;
+#pragma unroll
+  for (int group = 0; group < Shape::kGroups; group++) {
+    float part[Shape::kXTiles][4];
+#pragma unroll
+    for (int i = 0; i < kInGroup; i++) {
+      const int f = group * kInGroup + i;
+      uint32_t a[4];
+      decode<Shape::kBits>(a, codes.nibbles(f), lane_table);
+#pragma unroll
+      for (int t = 0; t < Shape::kXTiles; t++) {
+        float(&d)[4] = part[t];
+        if (i == 0)
+          multiply<typename Shape::T>(d, a, x.fragment[f][t][0], x.fragment[f][t][1], 0, 0, 0, 0);
+        else
+          multiply<typename Shape::T>(d, a, x.fragment[f][t][0], x.fragment[f][t][1], d[0], d[1],
+                                      d[2], d[3]);
+      }
+    }
+    const float2 scale = widen<typename Shape::T>(scales.word[group]);
+#pragma unroll
+    for (int t = 0; t < Shape::kXTiles; t++) {
+      sums[t][0] += scale.x * part[t][0], sums[t][1] += scale.x * part[t][1];
+      sums[t][2] += scale.y * part[t][2], sums[t][3] += scale.y * part[t][3];
+    }
+  }
+}
+
+// A row tile's sums of one warp, as columns of 16 floats: [row of x][row of w].
+template <typename Shape>
+__device__ __forceinline__ void store_partial(uint32_t to, const Sums<Shape>& sums, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int tile = 0; tile < Shape::kXTiles; tile++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      store_shared_float(
+          to + ((tile * 8 + 2 * t + (i & 1)) * kPartialColumn + g + 8 * (i >> 1)) * 4,
+          sums[tile][i]);
+}
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ uint8_t shared[];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int split = blockIdx.x % p.splits;
+  const BlockRows block(p, blockIdx.x / p.splits);
+
+  const uint32_t base = shared_address(shared);
+  const uint32_t barriers = base + warp * kBarrierBytes;
+  const uint32_t x_barrier = barriers + kMaxSlots * 8;
+  const uint32_t zeros = base + Shape::kWarps * kBarrierBytes;
+  const uint32_t regions = zeros + kXRow;
+  const uint32_t region = regions + warp * p.region_bytes;
+  const uint32_t table = (base + p.table_offset + kTableAlignment - 1) & ~(kTableAlignment - 1u);
+
+  // This warp's share: `rows` row tiles from `first`, k tiles begin, begin + k_warps, ... < end.
+  const int k_warps = Shape::kWarps / p.row_warps;
+  const int rows_each = ceil_div(block.tiles, p.row_warps);
+  const int first = (warp / k_warps) * rows_each;
+  const int rows = max(0, min(rows_each, block.tiles - first));
+  const int begin = p.k_tiles * split / p.splits + warp % k_warps;
+  const int end = p.k_tiles * (split + 1) / p.splits;
+  const int steps = rows == 0 || begin >= end ? 0 : ceil_div(end - begin, k_warps);
+
+  // The weights do not depend on the previous kernel: request them before anything else.
+  TileRing<Shape> ring;
+  ring.barriers = barriers, ring.tiles = region + p.m * kXRow, ring.slots = p.slots;
+  ring.rows = rows, ring.left = steps * rows;
+  ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
+  ring.k_step = static_cast<int64_t>(k_warps) * Shape::kRecord - rows * ring.row_step;
+  ring.next = p.records +
+              (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) * Shape::kRecord;
+  if (lane == 0) {
+    for (int i = 0; i < p.slots; i++) barrier_init(barriers + i * 8, FLUTE_HAS_BULK ? 1 : 32);
+    barrier_init(x_barrier, 32);
+#if FLUTE_HAS_BULK
+    barrier_init_fence();
+#endif
+  }
+#if FLUTE_HAS_BULK
+  ring.policy = evict_first_policy();
+#endif
+  __syncwarp();
+  ring.start(lane);
+
+  if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
+  fill_table<Shape::kBits, Shape::kThreads>(
+      table, p.table + static_cast<int64_t>(block.part) * p.table_bytes, p.pair_table);
+
+#if FLUTE_HAS_BULK
+  allow_next_launch();
+  wait_for_previous_launch();
+#endif
+  if (steps > 0) XTile<Shape>::request(p, region, x_barrier, begin, lane);
+  uint32_t x_row[Shape::kXTiles];
+#pragma unroll
+  for (int t = 0; t < Shape::kXTiles; t++) {
+    const int row = t * 8 + lane % 8;
+    x_row[t] = (row < p.m ? region + row * kXRow : zeros) + lane / 8 * 16;
+  }
+  __syncthreads();
+
+  Sums<Shape> sums[Shape::kMaxRows] = {};
+  for (int step = 0; step < steps; step++) {
+    XTile<Shape> x;
+    barrier_wait(x_barrier, step & 1);
+    x.load(x_row);
+    __syncwarp();
+    if (step + 1 < steps)
+      XTile<Shape>::request(p, region, x_barrier, begin + (step + 1) * k_warps, lane);
+#pragma unroll
+    for (int r = 0; r < Shape::kMaxRows; r++) {
+      if (r < rows) {
+        const uint32_t record = ring.wait();
+        Codes<Shape::kBits> codes;
+        Scales<Shape> scales;
+        codes.load(record, lane);
+        scales.load(record, lane);
+        ring.advance(lane);
+        multiply_tile<Shape>(sums[r], codes, scales, x, table + lane * 4);
+      }
+    }
+  }
+
+  // Sum over the warps that split k, in their order.
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < Shape::kMaxRows; r++)
+    if (r < rows) store_partial<Shape>(region + r * Shape::kPartialTile, sums[r], lane);
+  __syncthreads();
+
+  auto block_sum = [&](int m, int row) {
+    const int tile = row / kTileRows, group = tile / rows_each;
+    uint32_t at = regions + group * k_warps * p.region_bytes +
+                  (tile - group * rows_each) * Shape::kPartialTile +
+                  (m * kPartialColumn + row % kTileRows) * 4;
+    float sum = 0;
+    for (int i = 0; i < k_warps; i++, at += p.region_bytes) sum += load_shared_float(at);
+    return sum;
+  };
+  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row;
+  const int outputs = p.m * block.rows;
+  if (p.splits == 1) {
+    for (int i = thread; i < outputs; i += Shape::kThreads) {
+      const int m = i / block.rows, row = i - m * block.rows;
+      y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(block_sum(m, row));
+    }
+    return;
+  }
+#if FLUTE_HAS_BULK
+  // Then over the blocks of the cluster, in theirs; each writes a share of y. The table is no
+  // longer needed, its place takes the block's sums.
+  for (int i = thread; i < outputs; i += Shape::kThreads)
+    store_shared_float(table + i * 4, block_sum(i / block.rows, i % block.rows));
+  cluster_sync();
+  for (int i = split * Shape::kThreads + thread; i < outputs; i += p.splits * Shape::kThreads) {
+    float sum = 0;
+    for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(table + i * 4, rank);
+    const int m = i / block.rows, row = i - m * block.rows;
+    y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
+  }
+  cluster_sync();  // no block leaves while another reads its sums
+#endif
+}
+
+}  // namespace flute

@@ -1,0 +1,162 @@
+// From a problem and a configuration to a launch of decode_kernel. Included by the decode_w*.cu.
+#pragma once
+
+#include <atomic>
+
+#include "decode.cuh"
+#include "errors.h"
+
+namespace flute {
+
+constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
+
+// Shared memory of a launch, or -1 where the configuration does not fit.
+struct SharedPlan {
+  int region_bytes, table_offset, total;
+};
+
+template <typename Shape>
+SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int limit) {
+  const int rows_each = ceil_div(config.row_tiles, config.row_warps);
+  const int ring = m * kXRow + config.slots * Shape::kRecord;
+  const int partial = rows_each * Shape::kPartialTile;
+  SharedPlan plan;
+  plan.region_bytes = ring > partial ? ring : partial;
+  const int regions = Shape::kWarps * (kBarrierBytes + plan.region_bytes) + kXRow;
+  plan.table_offset = regions;
+  const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
+  const int table = kTableBytes<Shape::kBits> > sums ? kTableBytes<Shape::kBits> : sums;
+  const int table_at =
+      ceil_div(kSharedReserved + plan.table_offset, kTableAlignment) * kTableAlignment;
+  plan.total = table_at + table - kSharedReserved;
+  if (plan.total > limit) plan.total = -1;
+  return plan;
+}
+
+template <typename Shape>
+int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
+                 const void* records, const void* table, void* y, cudaStream_t stream) {
+  int device = 0, limit = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+
+  if (config.row_warps <= 0) config.row_warps = 1;
+  if (config.row_tiles <= 0) config.row_tiles = 1;
+  if (config.splits <= 0) config.splits = 1;
+  const bool rows_fit = ceil_div(config.row_tiles, config.row_warps) <= Shape::kMaxRows;
+  if (!rows_fit || Shape::kWarps % config.row_warps || config.splits > 8 ||
+      (config.splits & (config.splits - 1)) || (config.splits > 1 && major < 9))
+    return kBadConfig;
+
+  // As many tiles in flight as fit, if the configuration does not say.
+  SharedPlan plan;
+  if (config.slots <= 0) {
+    config.slots = kMaxSlots + 1;
+    do {
+      config.slots--;
+      plan = plan_shared<Shape>(config, m, limit);
+    } while (plan.total < 0 && config.slots > 1);
+  } else {
+    plan = plan_shared<Shape>(config, m, limit);
+  }
+  if (plan.total < 0 || config.slots > kMaxSlots) return kBadConfig;
+
+  static std::atomic<uint64_t> prepared{0};  // devices whose shared memory limit is raised
+  if (device >= 64 || !(prepared.load() >> device & 1)) {
+    error = cudaFuncSetAttribute(decode_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 limit);
+    if (error != cudaSuccess) return error;
+    if (device < 64) prepared.fetch_or(uint64_t{1} << device);
+  }
+
+  const int table_entry = matrix.pair_table ? (2 << (2 * matrix.bits)) : (1 << matrix.bits);
+  DecodeParams params{static_cast<const uint8_t*>(records),
+                      static_cast<const uint8_t*>(table),
+                      x,
+                      y,
+                      m,
+                      matrix.n,
+                      matrix.k,
+                      ceil_div(matrix.k, kTileK),
+                      table_entry * 2,
+                      matrix.pair_table != 0,
+                      config.row_tiles,
+                      config.row_warps,
+                      config.splits,
+                      config.slots,
+                      plan.region_bytes,
+                      plan.table_offset,
+                      Parts(matrix)};
+  int blocks = 0;
+  for (int i = 0; i < matrix.parts; i++)
+    blocks += ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
+
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(blocks * config.splits);
+  launch.blockDim = dim3(Shape::kThreads);
+  launch.dynamicSmemBytes = plan.total;
+  launch.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  launch.attrs = attributes;
+  if (config.splits > 1) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[launch.numAttrs].val.clusterDim = {static_cast<unsigned>(config.splits), 1, 1};
+    launch.numAttrs++;
+  }
+  if (config.overlap && major >= 9) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[launch.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    launch.numAttrs++;
+  }
+  return cudaLaunchKernelEx(&launch, decode_kernel<Shape>, params);
+}
+
+// One function for each bit width, each in a file of its own so that they build side by side.
+#define FLUTE_DECODE_ARGUMENTS                                                              \
+  const FluteMatrix &matrix, const FluteDecodeConfig &config, int m, const void *x,         \
+      const void *records, const void *table, void *y, cudaStream_t stream
+int decode_w4(FLUTE_DECODE_ARGUMENTS);
+int decode_w3(FLUTE_DECODE_ARGUMENTS);
+int decode_w2(FLUTE_DECODE_ARGUMENTS);
+
+template <int Bits, typename T, int XTiles>
+int launch_groups(FLUTE_DECODE_ARGUMENTS) {
+  switch (groups_in_tile(matrix.group_size)) {
+    case 1:
+      return launch_shape<DecodeShape<Bits, T, XTiles, 1>>(matrix, config, m, x, records, table, y,
+                                                           stream);
+#ifndef FLUTE_FEW_SHAPES
+    case 2:
+      return launch_shape<DecodeShape<Bits, T, XTiles, 2>>(matrix, config, m, x, records, table, y,
+                                                           stream);
+    case 4:
+      return launch_shape<DecodeShape<Bits, T, XTiles, 4>>(matrix, config, m, x, records, table, y,
+                                                           stream);
+#endif
+  }
+  return kBadShape;
+}
+
+template <int Bits, typename T>
+int launch_columns(FLUTE_DECODE_ARGUMENTS) {
+  if (m <= 8) return launch_groups<Bits, T, 1>(matrix, config, m, x, records, table, y, stream);
+  if (m <= 16) return launch_groups<Bits, T, 2>(matrix, config, m, x, records, table, y, stream);
+  return launch_groups<Bits, T, 4>(matrix, config, m, x, records, table, y, stream);
+}
+
+template <int Bits>
+int launch_bits(FLUTE_DECODE_ARGUMENTS) {
+  if (matrix.dtype == FLUTE_BFLOAT16)
+    return launch_columns<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
+#ifndef FLUTE_FEW_SHAPES
+  return launch_columns<Bits, __half>(matrix, config, m, x, records, table, y, stream);
+#else
+  return kBadShape;
+#endif
+}
+
+}  // namespace flute
