@@ -119,13 +119,12 @@ struct XTile {
 
   static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
                                                  uint32_t barrier, int k_tile, int lane) {
-    const uint8_t* x = static_cast<const uint8_t*>(p.x);
-    for (int i = lane; i < p.m * 16; i += 32) {
-      const int row = i / 16, k = k_tile * kTileK + (i % 16) * 8;
-      const bool inside = k < p.k;  // k is a multiple of 32, so a copy is all inside or all outside
-      const int64_t at = inside ? (static_cast<int64_t>(row) * p.k + k) * 2 : 0;
-      copy16(to + row * kXRow + (i % 16) * 16, x + at, inside);
-    }
+    // Half a warp copies a row. k is a multiple of 32, so 16 bytes are all inside or all outside.
+    const int chunk = lane % 16, k = k_tile * kTileK + chunk * 8;
+    const bool inside = k < p.k;
+    const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? 2 * k : 0);
+    for (int row = lane / 16; row < p.m; row += 2)
+      copy16(to + row * kXRow + chunk * 16, from + row * static_cast<int64_t>(2 * p.k), inside);
     copies_arrive(barrier);
   }
   // `row_address[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
@@ -213,7 +212,8 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ uint8_t shared[];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   const int split = blockIdx.x % p.splits;
   const BlockRows block(p, blockIdx.x / p.splits);
 
