@@ -14,12 +14,10 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
   switch (matrix->bits) {
     case 4:
       return flute::decode_w4(*matrix, *config, m, x, records, table, y, s);
-#ifndef FLUTE_FEW_SHAPES
     case 3:
       return flute::decode_w3(*matrix, *config, m, x, records, table, y, s);
     case 2:
       return flute::decode_w2(*matrix, *config, m, x, records, table, y, s);
-#endif
   }
   return flute::kBadShape;
 }

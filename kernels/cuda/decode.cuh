@@ -35,10 +35,11 @@ struct DecodeParams {
   Parts parts;
 };
 
-template <int Bits_, typename T_, int XTiles_, int Groups_>
+template <int Bits_, bool Mixed_, typename T_, int XTiles_, int Groups_>
 struct DecodeShape {
   using T = T_;
   static constexpr int kBits = Bits_;
+  static constexpr bool kMixed = Mixed_;   // see Decoder
   static constexpr int kXTiles = XTiles_;  // 8-row tiles of x: 1, 2, 4
   static constexpr int kGroups = Groups_;  // groups in a tile: 1, 2, 4
   static constexpr int kWarps = XTiles_ == 4 ? 8 : 16;
@@ -166,27 +167,23 @@ using Sums = float[Shape::kXTiles][4];
 template <typename Shape>
 __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
                                               const Scales<Shape>& scales, const XTile<Shape>& x,
-                                              uint32_t lane_table) {
-  constexpr int kInGroup = kFragments / Shape::kGroups;
+                                              const Decoder<Shape::kBits, Shape::kMixed>& decoder) {
+  using T = typename Shape::T;
+  constexpr int kPairs = kFragments / 2 / Shape::kGroups;  // pairs of fragments in a group
 #pragma unroll
   for (int group = 0; group < Shape::kGroups; group++) {
-    float part[Shape::kXTiles][4];
+    float part[Shape::kXTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < kInGroup; i++) {
-      const int f = group * kInGroup + i;
-      uint32_t a[4];
-      decode<Shape::kBits>(a, codes.nibbles(f), lane_table);
+    for (int i = 0; i < kPairs; i++) {
+      const int p = group * kPairs + i;
+      uint32_t even[4], odd[4];
+      decoder.decode(even, odd, codes, p);
 #pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++) {
-        float(&d)[4] = part[t];
-        if (i == 0)
-          multiply<typename Shape::T>(d, a, x.fragment[f][t][0], x.fragment[f][t][1], 0, 0, 0, 0);
-        else
-          multiply<typename Shape::T>(d, a, x.fragment[f][t][0], x.fragment[f][t][1], d[0], d[1],
-                                      d[2], d[3]);
-      }
+      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(part[t], even, x.fragment[2 * p][t]);
+#pragma unroll
+      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(part[t], odd, x.fragment[2 * p + 1][t]);
     }
-    const float2 scale = widen<typename Shape::T>(scales.word[group]);
+    const float2 scale = widen<T>(scales.word[group]);
 #pragma unroll
     for (int t = 0; t < Shape::kXTiles; t++) {
       sums[t][0] += scale.x * part[t][0], sums[t][1] += scale.x * part[t][1];
@@ -256,8 +253,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.start(lane);
 
   if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
-  fill_table<Shape::kBits, Shape::kThreads>(
-      table, p.table + static_cast<int64_t>(block.part) * p.table_bytes, p.pair_table);
+  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
+  fill_table<Shape::kBits, Shape::kThreads>(table, part_table, p.pair_table);
+  Decoder<Shape::kBits, Shape::kMixed> decoder;
+  decoder.init(table, part_table, lane);
 
 #if FLUTE_HAS_BULK
   allow_next_launch();
@@ -289,7 +288,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         codes.load(record, lane);
         scales.load(record, lane);
         ring.advance(lane);
-        multiply_tile<Shape>(sums[r], codes, scales, x, table + lane * 4);
+        multiply_tile<Shape>(sums[r], codes, scales, x, decoder);
       }
     }
   }

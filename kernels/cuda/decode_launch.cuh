@@ -123,40 +123,47 @@ int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
 
-template <int Bits, typename T, int XTiles>
+template <int Bits, bool Mixed, typename T, int XTiles>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {
+#define FLUTE_CASE(GROUPS)                                                                 \
+  case GROUPS:                                                                             \
+    return launch_shape<DecodeShape<Bits, Mixed, T, XTiles, GROUPS>>(matrix, config, m, x, \
+                                                                     records, table, y, stream)
   switch (groups_in_tile(matrix.group_size)) {
-    case 1:
-      return launch_shape<DecodeShape<Bits, T, XTiles, 1>>(matrix, config, m, x, records, table, y,
-                                                           stream);
+    FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES
-    case 2:
-      return launch_shape<DecodeShape<Bits, T, XTiles, 2>>(matrix, config, m, x, records, table, y,
-                                                           stream);
-    case 4:
-      return launch_shape<DecodeShape<Bits, T, XTiles, 4>>(matrix, config, m, x, records, table, y,
-                                                           stream);
+    FLUTE_CASE(2);
+    FLUTE_CASE(4);
 #endif
   }
+#undef FLUTE_CASE
   return kBadShape;
 }
 
-template <int Bits, typename T>
-int launch_columns(FLUTE_DECODE_ARGUMENTS) {
-  if (m <= 8) return launch_groups<Bits, T, 1>(matrix, config, m, x, records, table, y, stream);
-  if (m <= 16) return launch_groups<Bits, T, 2>(matrix, config, m, x, records, table, y, stream);
-  return launch_groups<Bits, T, 4>(matrix, config, m, x, records, table, y, stream);
+template <int Bits, bool Mixed, typename T>
+int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
+  const auto launch = m <= 8    ? launch_groups<Bits, Mixed, T, 1>
+                      : m <= 16 ? launch_groups<Bits, Mixed, T, 2>
+                                : launch_groups<Bits, Mixed, T, 4>;
+  return launch(matrix, config, m, x, records, table, y, stream);
+}
+
+template <int Bits, bool Mixed>
+int launch_dtype(FLUTE_DECODE_ARGUMENTS) {
+#ifndef FLUTE_FEW_SHAPES
+  if (matrix.dtype == FLUTE_FLOAT16)
+    return launch_x_tiles<Bits, Mixed, __half>(matrix, config, m, x, records, table, y, stream);
+#endif
+  return launch_x_tiles<Bits, Mixed, __nv_bfloat16>(matrix, config, m, x, records, table, y,
+                                                    stream);
 }
 
 template <int Bits>
 int launch_bits(FLUTE_DECODE_ARGUMENTS) {
-  if (matrix.dtype == FLUTE_BFLOAT16)
-    return launch_columns<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
-#ifndef FLUTE_FEW_SHAPES
-  return launch_columns<Bits, __half>(matrix, config, m, x, records, table, y, stream);
-#else
-  return kBadShape;
-#endif
+  if constexpr (Bits < 4)
+    if (!matrix.pair_table)
+      return launch_dtype<Bits, true>(matrix, config, m, x, records, table, y, stream);
+  return launch_dtype<Bits, false>(matrix, config, m, x, records, table, y, stream);
 }
 
 }  // namespace flute

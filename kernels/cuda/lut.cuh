@@ -14,28 +14,37 @@ namespace flute {
 constexpr int kTableRow = 128;           // bytes: 32 copies of a pair
 constexpr int kTableAlignment = 0x8000;  // the index bits 7..14 of a table address must be free
 
-// Bits of a table index that a code pair can set: low code in bits 0..3, high code in bits 4..7.
+// Bits of a table index. A byte of a nibble word holds two codes, the low one in bits 0..3; bits of
+// other fragments are masked off. At 2 bits the byte is two fragments' pairs at once: see Decoder.
 template <int Bits>
-constexpr uint32_t kIndexMask = Bits == 4 ? 0xff : Bits == 3 ? 0x77 : 0x33;
+constexpr uint32_t kIndexMask = Bits == 3 ? 0x77 : 0xff;
 
 template <int Bits>
-constexpr int kTableBytes = (kIndexMask<Bits> / 4 + 1) * 4 * kTableRow;
+constexpr int kTableBytes = (kIndexMask<Bits> + 1) * kTableRow;
 
-// All threads: writes the pair table at shared address `to` from part's global table.
+__device__ __forceinline__ uint32_t table_pair(const void* table, bool pairs, int bits,
+                                               uint32_t first, uint32_t second) {
+  if (pairs) return __ldg(static_cast<const uint32_t*>(table) + (first << bits | second));
+  const uint16_t* values = static_cast<const uint16_t*>(table);
+  return __ldg(values + first) | static_cast<uint32_t>(__ldg(values + second)) << 16;
+}
+
+// All threads: writes the shared table at `to` from a part's global table.
 template <int Bits, int Threads>
 __device__ __forceinline__ void fill_table(uint32_t to, const void* table, bool pairs) {
-  constexpr int kEntries = kTableBytes<Bits> / kTableRow;
-  constexpr uint32_t kCode = (1u << Bits) - 1;
-  const uint16_t* values = static_cast<const uint16_t*>(table);
-  // A 16-byte store repeats an entry four times; a warp writes four whole rows without conflict.
+  // A 16-byte store repeats an entry; a warp writes four whole rows without conflict.
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kEntries * 8; i += Threads) {
+  for (int i = threadIdx.x; i < kTableBytes<Bits> / 16; i += Threads) {
     const uint32_t index = i / 8;
-    const uint32_t first = index & kCode, second = (index >> 4) & kCode;
-    const uint32_t pair =
-        pairs ? __ldg(static_cast<const uint32_t*>(table) + (first << Bits | second))
-              : __ldg(values + first) | static_cast<uint32_t>(__ldg(values + second)) << 16;
-    store_shared4(to + i * 16, make_uint4(pair, pair, pair, pair));
+    if constexpr (Bits == 2) {
+      const uint32_t even = table_pair(table, pairs, 2, index & 3, index >> 4 & 3);
+      const uint32_t odd = table_pair(table, pairs, 2, index >> 2 & 3, index >> 6);
+      store_shared4(to + i * 16, make_uint4(even, odd, even, odd));
+    } else {
+      constexpr uint32_t kCode = (1u << Bits) - 1;
+      const uint32_t pair = table_pair(table, pairs, Bits, index & kCode, index >> 4 & kCode);
+      store_shared4(to + i * 16, make_uint4(pair, pair, pair, pair));
+    }
   }
 }
 
@@ -63,10 +72,6 @@ struct Codes<2> {
     const uint4 q = load_shared4(record + lane * 16);
     word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
   }
-  // bits 2 and 3 of each nibble are another fragment's
-  __device__ __forceinline__ uint32_t nibbles(int f) const {
-    return f & 1 ? word[f / 2] >> 2 : word[f / 2];
-  }
 };
 
 template <>
@@ -87,14 +92,79 @@ struct Codes<3> {
   }
 };
 
-// The four A registers of a fragment. `lane_table` is the table's address plus 4 * lane.
+// A table of up to 8 values in registers, low and high bytes apart, for PRMT to choose from.
 template <int Bits>
-__device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t nibbles, uint32_t lane_table) {
-  constexpr uint32_t kMask = kIndexMask<Bits> << 7;
-  a[0] = load_table(and_or(nibbles << 7, kMask, lane_table));
-  a[1] = load_table(and_or(nibbles >> 1, kMask, lane_table));
-  a[2] = load_table(and_or(nibbles >> 9, kMask, lane_table));
-  a[3] = load_table(and_or(nibbles >> 17, kMask, lane_table));
-}
+struct RegisterTable {
+  static constexpr int kWords = Bits == 3 ? 2 : 1;
+  uint32_t low[kWords], high[kWords];
+
+  __device__ __forceinline__ void load(const void* table) {
+    const uint32_t* pairs = static_cast<const uint32_t*>(table);
+#pragma unroll
+    for (int i = 0; i < kWords; i++) {
+      const uint32_t a = __ldg(pairs + 2 * i), b = __ldg(pairs + 2 * i + 1);
+      low[i] = permute_bytes(a, b, 0x6420), high[i] = permute_bytes(a, b, 0x7531);
+    }
+  }
+  __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t nibbles) const {
+    const uint32_t selectors = nibbles & (Bits == 3 ? 0x77777777u : 0x33333333u);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t s = half ? selectors >> 16 : selectors;
+      const uint32_t l = permute_bytes(low[0], low[kWords - 1], s);
+      const uint32_t h = permute_bytes(high[0], high[kWords - 1], s);
+      a[2 * half] = permute_bytes(l, h, 0x5140), a[2 * half + 1] = permute_bytes(l, h, 0x7362);
+    }
+  }
+};
+
+// Makes A operands, two fragments at a time. Where `Mixed`, some fragments take their values from
+// registers: that costs more instructions and no shared memory, which alone would not keep up with
+// the stream at 3 and 2 bits. Tables of pairs cannot be mixed.
+template <int Bits, bool Mixed>
+struct Decoder {
+  uint32_t lane_table;
+  RegisterTable<Bits> registers;
+
+  __device__ __forceinline__ void init(uint32_t table, const void* global_table, int lane) {
+    // At 2 bits a row is 16 copies of two pairs: lanes l and l + 16 read in different passes.
+    lane_table = table + (Bits == 2 ? lane % 16 * 8 : lane * 4);
+    if constexpr (Mixed) registers.load(global_table);
+  }
+
+  // Fragments 2 * p and 2 * p + 1.
+  __device__ __forceinline__ void decode(uint32_t (&even)[4], uint32_t (&odd)[4],
+                                         const Codes<Bits>& codes, int p) const {
+    if constexpr (Bits == 2) {
+      if (Mixed && p >= 2) {
+        registers.decode(even, codes.word[p]);
+        registers.decode(odd, codes.word[p] >> 2);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const uint2 both = load_table2(address(codes.word[p], j));
+          even[j] = both.x, odd[j] = both.y;
+        }
+      }
+    } else {
+      from_table(even, codes.nibbles(2 * p));
+      if (Mixed && (p & 1))
+        registers.decode(odd, codes.nibbles(2 * p + 1));
+      else
+        from_table(odd, codes.nibbles(2 * p + 1));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void from_table(uint32_t (&a)[4], uint32_t nibbles) const {
+#pragma unroll
+    for (int j = 0; j < 4; j++) a[j] = load_table(address(nibbles, j));
+  }
+  // The table entry that byte j of a nibble word names.
+  __device__ __forceinline__ uint32_t address(uint32_t nibbles, int j) const {
+    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), kIndexMask<Bits> << 7,
+                  lane_table);
+  }
+};
 
 }  // namespace flute
