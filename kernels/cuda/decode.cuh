@@ -29,9 +29,11 @@ struct DecodeParams {
   int m, n, k, k_tiles;
   int table_bytes;  // of one part
   bool pair_table;
-  int row_tiles, row_warps, splits, slots;
-  int region_bytes;  // of one warp: its x tile and its ring, later its partial sums
-  int table_offset;  // least distance of the table from the start of shared memory
+  int row_tiles, row_warps, k_warps, splits, slots;
+  int x_bytes;       // of one x tile
+  int region_bytes;  // of one warp: its ring, later its partial sums
+  int low_regions;   // regions below the table; the others follow it
+  int first_block[FLUTE_MAX_PARTS + 1];  // of each part
   Parts parts;
 };
 
@@ -56,11 +58,8 @@ struct BlockRows {
 
   __device__ __forceinline__ BlockRows(const DecodeParams& p, int block) {
     part = 0;
-    for (int blocks; block >= (blocks = (p.parts.tile[part + 1] - p.parts.tile[part] +
-                                         p.row_tiles - 1) / p.row_tiles);
-         part++)
-      block -= blocks;
-    const int in_part = block * p.row_tiles;
+    while (block >= p.first_block[part + 1]) part++;
+    const int in_part = (block - p.first_block[part]) * p.row_tiles;
     first_tile = p.parts.tile[part] + in_part;
     tiles = min(p.row_tiles, p.parts.tile[part + 1] - first_tile);
     first_row = p.parts.row[part] + in_part * kTileRows;
@@ -84,8 +83,11 @@ struct TileRing {
 
   __device__ __forceinline__ void request(int at, int lane) {
     if (left == 0) return;
+#ifdef V_NOWAIT
+    return;
+#endif
     const uint32_t to = tiles + at * Shape::kRecord, barrier = barriers + at * 8;
-#if FLUTE_HAS_BULK
+#if FLUTE_HAS_BULK && !defined(V_LDGSTS)
     if (lane == 0) bulk_copy(to, next, Shape::kRecord, barrier, policy);
 #else
 #pragma unroll
@@ -118,13 +120,16 @@ template <typename Shape>
 struct XTile {
   uint32_t fragment[kFragments][Shape::kXTiles][2];
 
+  // Warp `part` of `parts` that use the same tile requests its share of the rows.
   static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
-                                                 uint32_t barrier, int k_tile, int lane) {
+                                                 uint32_t barrier, int k_tile, int part, int parts,
+                                                 int lane) {
     // Half a warp copies a row. k is a multiple of 32, so 16 bytes are all inside or all outside.
     const int chunk = lane % 16, k = k_tile * kTileK + chunk * 8;
     const bool inside = k < p.k;
     const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? 2 * k : 0);
-    for (int row = lane / 16; row < p.m; row += 2)
+#pragma unroll 2
+    for (int row = 2 * part + lane / 16; row < p.m; row += 2 * parts)
       copy16(to + row * kXRow + chunk * 16, from + row * static_cast<int64_t>(2 * p.k), inside);
     copies_arrive(barrier);
   }
@@ -172,23 +177,25 @@ __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Sha
   constexpr int kPairs = kFragments / 2 / Shape::kGroups;  // pairs of fragments in a group
 #pragma unroll
   for (int group = 0; group < Shape::kGroups; group++) {
-    float part[Shape::kXTiles][4] = {};
+    // Even and odd fragments apart: a chain of dependent products is half as long.
+    float even_part[Shape::kXTiles][4] = {}, odd_part[Shape::kXTiles][4] = {};
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
       const int p = group * kPairs + i;
       uint32_t even[4], odd[4];
       decoder.decode(even, odd, codes, p);
 #pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(part[t], even, x.fragment[2 * p][t]);
-#pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(part[t], odd, x.fragment[2 * p + 1][t]);
+      for (int t = 0; t < Shape::kXTiles; t++) {
+        multiply<T>(even_part[t], even, x.fragment[2 * p][t]);
+        multiply<T>(odd_part[t], odd, x.fragment[2 * p + 1][t]);
+      }
     }
     const float2 scale = widen<T>(scales.word[group]);
 #pragma unroll
-    for (int t = 0; t < Shape::kXTiles; t++) {
-      sums[t][0] += scale.x * part[t][0], sums[t][1] += scale.x * part[t][1];
-      sums[t][2] += scale.y * part[t][2], sums[t][3] += scale.y * part[t][3];
-    }
+    for (int t = 0; t < Shape::kXTiles; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        sums[t][i] += (i < 2 ? scale.x : scale.y) * (even_part[t][i] + odd_part[t][i]);
   }
 }
 
@@ -205,94 +212,133 @@ __device__ __forceinline__ void store_partial(uint32_t to, const Sums<Shape>& su
           sums[tile][i]);
 }
 
+#ifdef V_LDGSTS
+#define V_COUNT32 1
+#else
+#define V_COUNT32 0
+#endif
+#ifdef V_STAMP
+__device__ long long stamps[4096 * 16];
+#define STAMP(cond, i) if ((cond) && lane == 0 && warp == 5) { long long t_; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t_)); stamps[blockIdx.x * 16 + i] = clock64(); if (i == 0) stamps[blockIdx.x * 16 + 8] = t_; if (i == 7) stamps[blockIdx.x * 16 + 9] = t_; }
+#else
+#define STAMP(cond, i)
+#endif
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
+  STAMP(true, 0)
   const int split = blockIdx.x % p.splits;
   const BlockRows block(p, blockIdx.x / p.splits);
 
+  // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions.
   const uint32_t base = shared_address(shared);
+  const uint32_t table = (base + kTableAlignment - 1) & ~(kTableAlignment - 1u);
+  auto region_of = [&](int w) {
+    const int above = w - p.low_regions;
+    return above < 0 ? table + above * p.region_bytes
+                     : table + table_bytes(kWideTable) + above * p.region_bytes;
+  };
+  const int row_warp = warp / p.k_warps, k_warp = warp - row_warp * p.k_warps;
   const uint32_t barriers = base + warp * kBarrierBytes;
-  const uint32_t x_barrier = barriers + kMaxSlots * 8;
-  const uint32_t zeros = base + Shape::kWarps * kBarrierBytes;
-  const uint32_t regions = zeros + kXRow;
-  const uint32_t region = regions + warp * p.region_bytes;
-  const uint32_t table = (base + p.table_offset + kTableAlignment - 1) & ~(kTableAlignment - 1u);
+  const uint32_t x_barrier = base + k_warp * kBarrierBytes + kMaxSlots * 8;
+  const uint32_t x_tiles = base + Shape::kWarps * kBarrierBytes;
+  const uint32_t x_tile = x_tiles + k_warp * p.x_bytes;
+  const uint32_t zeros = x_tiles + p.k_warps * p.x_bytes;
+  const uint32_t region = region_of(warp);
 
   // This warp's share: `rows` row tiles from `first`, k tiles begin, begin + k_warps, ... < end.
-  const int k_warps = Shape::kWarps / p.row_warps;
   const int rows_each = ceil_div(block.tiles, p.row_warps);
-  const int first = (warp / k_warps) * rows_each;
+  const int first = row_warp * rows_each;
   const int rows = max(0, min(rows_each, block.tiles - first));
-  const int begin = p.k_tiles * split / p.splits + warp % k_warps;
+  const int begin = p.k_tiles * split / p.splits + k_warp;
   const int end = p.k_tiles * (split + 1) / p.splits;
-  const int steps = rows == 0 || begin >= end ? 0 : ceil_div(end - begin, k_warps);
+  const int steps = begin >= end ? 0 : ceil_div(end - begin, p.k_warps);
 
   // The weights do not depend on the previous kernel: request them before anything else.
   TileRing<Shape> ring;
-  ring.barriers = barriers, ring.tiles = region + p.m * kXRow, ring.slots = p.slots;
+  ring.barriers = barriers, ring.tiles = region, ring.slots = p.slots;
   ring.rows = rows, ring.left = steps * rows;
   ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
-  ring.k_step = static_cast<int64_t>(k_warps) * Shape::kRecord - rows * ring.row_step;
+  ring.k_step = static_cast<int64_t>(p.k_warps) * Shape::kRecord - rows * ring.row_step;
   ring.next = p.records +
               (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) * Shape::kRecord;
-  if (lane == 0) {
-    for (int i = 0; i < p.slots; i++) barrier_init(barriers + i * 8, FLUTE_HAS_BULK ? 1 : 32);
-    barrier_init(x_barrier, 32);
+  if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK && !V_COUNT32 ? 1 : 32);
+  if (lane == kMaxSlots) barrier_init(barriers + lane * 8, 32 * p.row_warps);
 #if FLUTE_HAS_BULK
-    barrier_init_fence();
-#endif
-  }
-#if FLUTE_HAS_BULK
+  barrier_init_fence();
   ring.policy = evict_first_policy();
 #endif
   __syncwarp();
   ring.start(lane);
+  STAMP(true, 1)
 
-  if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
   const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
-  fill_table<Shape::kBits, Shape::kThreads>(table, part_table, p.pair_table);
+  TableFill<Shape::kBits, Shape::kThreads> fill;
+  fill.load(part_table, p.pair_table);
   Decoder<Shape::kBits, Shape::kMixed> decoder;
   decoder.init(table, part_table, lane);
-
-#if FLUTE_HAS_BULK
-  allow_next_launch();
-  wait_for_previous_launch();
-#endif
-  if (steps > 0) XTile<Shape>::request(p, region, x_barrier, begin, lane);
+  if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
   uint32_t x_row[Shape::kXTiles];
 #pragma unroll
   for (int t = 0; t < Shape::kXTiles; t++) {
     const int row = t * 8 + lane % 8;
-    x_row[t] = (row < p.m ? region + row * kXRow : zeros) + lane / 8 * 16;
+    x_row[t] = (row < p.m ? x_tile + row * kXRow : zeros) + lane / 8 * 16;
   }
+  auto request_x = [&](int step) {
+    XTile<Shape>::request(p, x_tile, x_barrier, begin + step * p.k_warps, row_warp, p.row_warps,
+                          lane);
+  };
+  if (p.row_warps > 1) __syncthreads();  // barriers of other warps
+#if FLUTE_HAS_BULK
+  allow_next_launch();
+  wait_for_previous_launch();
+#endif
+  if (steps > 0) request_x(0);
+  fill.store(table);
   __syncthreads();
 
+  STAMP(true, 2)
   Sums<Shape> sums[Shape::kMaxRows] = {};
   for (int step = 0; step < steps; step++) {
     XTile<Shape> x;
     barrier_wait(x_barrier, step & 1);
     x.load(x_row);
-    __syncwarp();
-    if (step + 1 < steps)
-      XTile<Shape>::request(p, region, x_barrier, begin + (step + 1) * k_warps, lane);
+    if (step + 1 < steps) {
+      if (p.row_warps == 1)
+        __syncwarp();
+      else
+        warps_sync(1 + k_warp, p.row_warps);
+      request_x(step + 1);
+    }
 #pragma unroll
     for (int r = 0; r < Shape::kMaxRows; r++) {
       if (r < rows) {
+        STAMP(r == 0 && step == 0, 3)
+#ifndef V_NOWAIT
         const uint32_t record = ring.wait();
+#else
+        const uint32_t record = ring.tiles + ring.slot * Shape::kRecord;
+#endif
+        STAMP(r == 0 && step == 0, 4)
         Codes<Shape::kBits> codes;
         Scales<Shape> scales;
         codes.load(record, lane);
         scales.load(record, lane);
-        ring.advance(lane);
+#ifndef V_NOCOMPUTE
         multiply_tile<Shape>(sums[r], codes, scales, x, decoder);
+#else
+        for (int i = 0; i < int(sizeof(codes) / 4); i++) sums[r][0][i & 3] += __uint_as_float(reinterpret_cast<const uint32_t*>(&codes)[i] ^ scales.word[0] ^ x.fragment[i][0][0]);
+#endif
+        // Only now: a copy engine could overtake reads that are still under way.
+        ring.advance(lane);
       }
     }
   }
 
+  STAMP(true, 5)
   // Sum over the warps that split k, in their order.
   __syncwarp();
 #pragma unroll
@@ -300,13 +346,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (r < rows) store_partial<Shape>(region + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
+  STAMP(true, 6)
   auto block_sum = [&](int m, int row) {
     const int tile = row / kTileRows, group = tile / rows_each;
-    uint32_t at = regions + group * k_warps * p.region_bytes +
-                  (tile - group * rows_each) * Shape::kPartialTile +
-                  (m * kPartialColumn + row % kTileRows) * 4;
+    const uint32_t at = (tile - group * rows_each) * Shape::kPartialTile +
+                        (m * kPartialColumn + row % kTileRows) * 4;
     float sum = 0;
-    for (int i = 0; i < k_warps; i++, at += p.region_bytes) sum += load_shared_float(at);
+    for (int i = 0; i < p.k_warps; i++)
+      sum += load_shared_float(region_of(group * p.k_warps + i) + at);
     return sum;
   };
   typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row;
@@ -316,6 +363,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       const int m = i / block.rows, row = i - m * block.rows;
       y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(block_sum(m, row));
     }
+    STAMP(true, 7)
     return;
   }
 #if FLUTE_HAS_BULK

@@ -10,26 +10,27 @@ namespace flute {
 
 constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
 
-// Shared memory of a launch, or -1 where the configuration does not fit.
+// Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
-  int region_bytes, table_offset, total;
+  int x_bytes, region_bytes, low_regions, total;
 };
 
 template <typename Shape>
-SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int limit) {
+SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int limit) {
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  const int ring = m * kXRow + config.slots * Shape::kRecord;
-  const int partial = rows_each * Shape::kPartialTile;
+  const int ring = config.slots * Shape::kRecord, partial = rows_each * Shape::kPartialTile;
   SharedPlan plan;
+  plan.x_bytes = m * kXRow;
   plan.region_bytes = ring > partial ? ring : partial;
-  const int regions = Shape::kWarps * (kBarrierBytes + plan.region_bytes) + kXRow;
-  plan.table_offset = regions;
+  const int start = kSharedReserved + Shape::kWarps * kBarrierBytes +
+                    Shape::kWarps / config.row_warps * plan.x_bytes + kXRow;
+  const int room = kTableAlignment - start;
+  plan.low_regions = room < 0 ? 0 : room / plan.region_bytes;
+  if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
   const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
-  const int table = kTableBytes<Shape::kBits> > sums ? kTableBytes<Shape::kBits> : sums;
-  const int table_at =
-      ceil_div(kSharedReserved + plan.table_offset, kTableAlignment) * kTableAlignment;
-  plan.total = table_at + table - kSharedReserved;
-  if (plan.total > limit) plan.total = -1;
+  const int above = (Shape::kWarps - plan.low_regions) * plan.region_bytes;
+  plan.total = kTableAlignment + table_bytes(wide) + above - kSharedReserved;
+  if (room < 0 || sums > table_bytes(wide) || plan.total > limit) plan.total = -1;
   return plan;
 }
 
@@ -52,16 +53,17 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
       (config.splits & (config.splits - 1)) || (config.splits > 1 && major < 9))
     return kBadConfig;
 
+  const bool wide = true;
   // As many tiles in flight as fit, if the configuration does not say.
   SharedPlan plan;
   if (config.slots <= 0) {
     config.slots = kMaxSlots + 1;
     do {
       config.slots--;
-      plan = plan_shared<Shape>(config, m, limit);
+      plan = plan_shared<Shape>(config, m, wide, limit);
     } while (plan.total < 0 && config.slots > 1);
   } else {
-    plan = plan_shared<Shape>(config, m, limit);
+    plan = plan_shared<Shape>(config, m, wide, limit);
   }
   if (plan.total < 0 || config.slots > kMaxSlots) return kBadConfig;
 
@@ -86,14 +88,19 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       matrix.pair_table != 0,
                       config.row_tiles,
                       config.row_warps,
+                      Shape::kWarps / config.row_warps,
                       config.splits,
                       config.slots,
+                      plan.x_bytes,
                       plan.region_bytes,
-                      plan.table_offset,
+                      plan.low_regions,
+                      {},
                       Parts(matrix)};
-  int blocks = 0;
   for (int i = 0; i < matrix.parts; i++)
-    blocks += ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
+    params.first_block[i + 1] =
+        params.first_block[i] +
+        ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
+  const int blocks = params.first_block[matrix.parts];
 
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(blocks * config.splits);

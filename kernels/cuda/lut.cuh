@@ -4,6 +4,10 @@
 // weights: exactly one A register. Entry i is repeated in 32 words, one for each bank; lane l reads
 // only bank l, so no access conflicts whatever the codes are. Shared memory delivers 64 weights a
 // clock this way; streaming 4.4 TB/s takes 34 (4 bits), 45 (3 bits) or 67 (2 bits) of an H200 SM.
+//
+// Rows of 256 bytes at a multiple of 64 KiB make the index a byte of the address: one PRMT both
+// extracts it and adds the lane's offset. With shifts and masks instead, a 4-bit tile took 176
+// instructions rather than 130, and instruction issue, not memory, was the limit (NOTES.md).
 #pragma once
 
 #include "layout.cuh"
@@ -11,16 +15,21 @@
 
 namespace flute {
 
-constexpr int kTableRow = 128;           // bytes: 32 copies of a pair
-constexpr int kTableAlignment = 0x8000;  // the index bits 7..14 of a table address must be free
+constexpr int kTableAlignment = 0x10000;
+constexpr int kTableEntries = 256;
+constexpr int kTableCopies = 128;  // bytes of a row in use: 32 copies of a pair
 
-// Bits of a table index. A byte of a nibble word holds two codes, the low one in bits 0..3; bits of
-// other fragments are masked off. At 2 bits the byte is two fragments' pairs at once: see Decoder.
-template <int Bits>
-constexpr uint32_t kIndexMask = Bits == 3 ? 0x77 : 0xff;
-
-template <int Bits>
-constexpr int kTableBytes = (kIndexMask<Bits> + 1) * kTableRow;
+// Wide rows need 128 KiB of shared memory; sm_86, sm_89 and sm_120 have 100.
+__host__ __device__ constexpr bool has_wide_table(int arch) {
+  return arch == 80 || arch == 87 || (arch >= 90 && arch < 120);
+}
+#ifdef __CUDA_ARCH__
+constexpr bool kWideTable = has_wide_table(__CUDA_ARCH__ / 10);
+#else
+constexpr bool kWideTable = true;  // host code asks table_row(arch)
+#endif
+__host__ __device__ constexpr int table_row(bool wide) { return wide ? 256 : 128; }
+__host__ __device__ constexpr int table_bytes(bool wide) { return kTableEntries * table_row(wide); }
 
 __device__ __forceinline__ uint32_t table_pair(const void* table, bool pairs, int bits,
                                                uint32_t first, uint32_t second) {
@@ -29,24 +38,40 @@ __device__ __forceinline__ uint32_t table_pair(const void* table, bool pairs, in
   return __ldg(values + first) | static_cast<uint32_t>(__ldg(values + second)) << 16;
 }
 
-// All threads: writes the shared table at `to` from a part's global table.
+// Writes the shared table, all threads together, from a part's global table. In two steps, so that
+// other requests can be made while the global loads are under way.
 template <int Bits, int Threads>
-__device__ __forceinline__ void fill_table(uint32_t to, const void* table, bool pairs) {
-  // A 16-byte store repeats an entry; a warp writes four whole rows without conflict.
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kTableBytes<Bits> / 16; i += Threads) {
-    const uint32_t index = i / 8;
-    if constexpr (Bits == 2) {
-      const uint32_t even = table_pair(table, pairs, 2, index & 3, index >> 4 & 3);
-      const uint32_t odd = table_pair(table, pairs, 2, index >> 2 & 3, index >> 6);
-      store_shared4(to + i * 16, make_uint4(even, odd, even, odd));
-    } else {
-      constexpr uint32_t kCode = (1u << Bits) - 1;
-      const uint32_t pair = table_pair(table, pairs, Bits, index & kCode, index >> 4 & kCode);
-      store_shared4(to + i * 16, make_uint4(pair, pair, pair, pair));
+struct TableFill {
+  static constexpr int kStores = kTableEntries * 8 / Threads;
+  uint32_t first[kStores], second[kStores];
+
+  __device__ __forceinline__ void load(const void* table, bool pairs) {
+#pragma unroll
+    for (int i = 0; i < kStores; i++) {
+      const uint32_t index = (threadIdx.x + i * Threads) / 8;
+      // Low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
+      // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte
+      // holds the pairs of two fragments.
+      if constexpr (Bits == 2) {
+        first[i] = table_pair(table, pairs, 2, index & 3, index >> 4 & 3);
+        second[i] = table_pair(table, pairs, 2, index >> 2 & 3, index >> 6);
+      } else {
+        constexpr uint32_t kCode = (1u << Bits) - 1;
+        first[i] = table_pair(table, pairs, Bits, index & kCode, index >> 4 & kCode);
+        second[i] = first[i];
+      }
     }
   }
-}
+  // A 16-byte store repeats an entry; eight lanes write a row.
+  __device__ __forceinline__ void store(uint32_t to) const {
+#pragma unroll
+    for (int i = 0; i < kStores; i++) {
+      const uint32_t at = threadIdx.x + i * Threads;
+      store_shared4(to + at / 8 * table_row(kWideTable) + at % 8 * 16,
+                    make_uint4(first[i], second[i], first[i], second[i]));
+    }
+  }
+};
 
 // The codes of one tile that a lane holds, read from a record in shared memory.
 template <int Bits>
@@ -162,8 +187,8 @@ struct Decoder {
   }
   // The table entry that byte j of a nibble word names.
   __device__ __forceinline__ uint32_t address(uint32_t nibbles, int j) const {
-    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), kIndexMask<Bits> << 7,
-                  lane_table);
+    if constexpr (kWideTable) return permute_bytes(nibbles, lane_table, 0x7604 | j << 4);
+    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), 0x7f80, lane_table);
   }
 };
 

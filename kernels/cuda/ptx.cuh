@@ -178,6 +178,11 @@ __device__ __forceinline__ void wait_for_previous_launch() {
 }
 #endif
 
+// All threads of `warps` warps that use the same id, 1..15.
+__device__ __forceinline__ void warps_sync(int id, int warps) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(warps * 32) : "memory");
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------
 // (a & b) | c in one instruction
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
