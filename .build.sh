@@ -1,7 +1,7 @@
 # dev build: one arch, parallel objects
 set -e
 cd /work/cuda/kernels/cuda; O=/tmp/cu_obj_${NAME:-dev}; mkdir -p $O
-F="-std=c++17 -O3 -lineinfo $* -gencode arch=compute_90a,code=sm_90a -Xcompiler -fPIC -I../include"
+F="-std=c++17 -O3 -lineinfo $* -gencode arch=compute_90a,code=sm_90a -Xcompiler -fPIC,-fno-gnu-unique -I../include"
 for f in repack api decode_w4 $EXTRA; do nice -n 5 nvcc $F -Xptxas -v -c $f.cu -o $O/$f.o > $O/$f.log 2>&1 & done; wait
 cat $O/*.log | c++filt | grep -E "error|warning|registers|spill|Compiling" | sed 's/ptxas info    ://' | head -${LINES_MAX:-40}
 mkdir -p /work/main/.carry/cuda

@@ -30,6 +30,9 @@ struct DecodeParams {
   int table_bytes;  // of one part
   bool pair_table;
   int row_tiles, row_warps, k_warps, splits, slots;
+  int k_warps_log2, splits_log2;            // both are powers of two: an integer division costs
+  int rows_each;                            // a tenth of a microsecond at the start of a block
+  uint32_t row_tiles_inverse, rows_each_inverse;  // 2^16 / d rounded up, for small dividends
   int x_bytes;       // of one x tile
   int region_bytes;  // of one warp: its ring, later its partial sums
   int low_regions;   // regions below the table; the others follow it
@@ -230,8 +233,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   STAMP(true, 0)
-  const int split = blockIdx.x % p.splits;
-  const BlockRows block(p, blockIdx.x / p.splits);
+  const int split = blockIdx.x & (p.splits - 1);
+  const BlockRows block(p, blockIdx.x >> p.splits_log2);
 
   // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions.
   const uint32_t base = shared_address(shared);
@@ -241,7 +244,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     return above < 0 ? table + above * p.region_bytes
                      : table + table_bytes(kWideTable) + above * p.region_bytes;
   };
-  const int row_warp = warp / p.k_warps, k_warp = warp - row_warp * p.k_warps;
+  const int row_warp = warp >> p.k_warps_log2, k_warp = warp & (p.k_warps - 1);
   const uint32_t barriers = base + warp * kBarrierBytes;
   const uint32_t x_barrier = base + k_warp * kBarrierBytes + kMaxSlots * 8;
   const uint32_t x_tiles = base + Shape::kWarps * kBarrierBytes;
@@ -250,12 +253,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t region = region_of(warp);
 
   // This warp's share: `rows` row tiles from `first`, k tiles begin, begin + k_warps, ... < end.
-  const int rows_each = ceil_div(block.tiles, p.row_warps);
-  const int first = row_warp * rows_each;
-  const int rows = max(0, min(rows_each, block.tiles - first));
-  const int begin = p.k_tiles * split / p.splits + k_warp;
-  const int end = p.k_tiles * (split + 1) / p.splits;
-  const int steps = begin >= end ? 0 : ceil_div(end - begin, p.k_warps);
+  const int first = row_warp * p.rows_each;
+  const int rows = max(0, min(p.rows_each, block.tiles - first));
+  const int begin = (p.k_tiles * split >> p.splits_log2) + k_warp;
+  const int end = p.k_tiles * (split + 1) >> p.splits_log2;
+  const int steps = begin >= end ? 0 : (end - begin + p.k_warps - 1) >> p.k_warps_log2;
+
+  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
+  TableFill<Shape::kBits, Shape::kThreads> fill;
+  fill.load(part_table, p.pair_table);
 
   // The weights do not depend on the previous kernel: request them before anything else.
   TileRing<Shape> ring;
@@ -275,9 +281,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.start(lane);
   STAMP(true, 1)
 
-  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
-  TableFill<Shape::kBits, Shape::kThreads> fill;
-  fill.load(part_table, p.pair_table);
   Decoder<Shape::kBits, Shape::kMixed> decoder;
   decoder.init(table, part_table, lane);
   if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
@@ -347,36 +350,53 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
 
   STAMP(true, 6)
-  auto block_sum = [&](int m, int row) {
-    const int tile = row / kTileRows, group = tile / rows_each;
-    const uint32_t at = (tile - group * rows_each) * Shape::kPartialTile +
-                        (m * kPartialColumn + row % kTileRows) * 4;
-    float sum = 0;
-    for (int i = 0; i < p.k_warps; i++)
-      sum += load_shared_float(region_of(group * p.k_warps + i) + at);
-    return sum;
+  // Half a warp sums a column of 16 rows at a time; `write` takes it.
+  auto for_each_output = [&](auto write) {
+    const int row16 = thread % 16;
+    for (int unit = thread / 16; unit < p.m * p.row_tiles; unit += Shape::kThreads / 16) {
+      const int m = unit * p.row_tiles_inverse >> 16, tile = unit - m * p.row_tiles;
+      const int row = tile * kTileRows + row16;
+      if (row >= block.rows) continue;
+      const int group = tile * p.rows_each_inverse >> 16;
+      const uint32_t at = (tile - group * p.rows_each) * Shape::kPartialTile +
+                          (m * kPartialColumn + row16) * 4;
+      float sum = 0;
+      for (int i = 0; i < p.k_warps; i += 4) {
+        float part[4];  // loaded together, added in order
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          part[j] = i + j < p.k_warps
+                        ? load_shared_float(region_of((group << p.k_warps_log2) + i + j) + at)
+                        : 0;
+        sum = sum + part[0] + part[1] + part[2] + part[3];
+      }
+      write(m, row, sum);
+    }
   };
   typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row;
-  const int outputs = p.m * block.rows;
+  auto write_y = [&](int m, int row, float sum) {
+    y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
+  };
   if (p.splits == 1) {
-    for (int i = thread; i < outputs; i += Shape::kThreads) {
-      const int m = i / block.rows, row = i - m * block.rows;
-      y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(block_sum(m, row));
-    }
+    for_each_output(write_y);
     STAMP(true, 7)
     return;
   }
 #if FLUTE_HAS_BULK
   // Then over the blocks of the cluster, in theirs; each writes a share of y. The table is no
   // longer needed, its place takes the block's sums.
-  for (int i = thread; i < outputs; i += Shape::kThreads)
-    store_shared_float(table + i * 4, block_sum(i / block.rows, i % block.rows));
+  const int stride = p.row_tiles * kTileRows;
+  for_each_output([&](int m, int row, float sum) {
+    store_shared_float(table + (m * stride + row) * 4, sum);
+  });
   cluster_sync();
-  for (int i = split * Shape::kThreads + thread; i < outputs; i += p.splits * Shape::kThreads) {
+  for (int i = split * Shape::kThreads + thread; i < p.m * stride;
+       i += Shape::kThreads << p.splits_log2) {
+    const int unit = i / 16, m = unit * p.row_tiles_inverse >> 16, row = i - m * stride;
+    if (row >= block.rows) continue;
     float sum = 0;
     for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(table + i * 4, rank);
-    const int m = i / block.rows, row = i - m * block.rows;
-    y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
+    write_y(m, row, sum);
   }
   cluster_sync();  // no block leaves while another reads its sums
 #endif

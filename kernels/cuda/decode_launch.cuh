@@ -34,6 +34,8 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
   return plan;
 }
 
+inline int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+
 template <typename Shape>
 int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
                  const void* records, const void* table, void* y, cudaStream_t stream) {
@@ -48,16 +50,18 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   if (config.row_warps <= 0) config.row_warps = 1;
   if (config.row_tiles <= 0) config.row_tiles = 1;
   if (config.splits <= 0) config.splits = 1;
-  const bool rows_fit = ceil_div(config.row_tiles, config.row_warps) <= Shape::kMaxRows;
-  if (!rows_fit || Shape::kWarps % config.row_warps || config.splits > 8 ||
+  const int rows_each = ceil_div(config.row_tiles, config.row_warps);
+  if (rows_each > Shape::kMaxRows || config.row_tiles > 128 || Shape::kWarps % config.row_warps || config.splits > 8 ||
       (config.splits & (config.splits - 1)) || (config.splits > 1 && major < 9))
     return kBadConfig;
 
   const bool wide = true;
-  // As many tiles in flight as fit, if the configuration does not say.
   SharedPlan plan;
+  // About 64 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
+  // third (NOTES.md).
   if (config.slots <= 0) {
-    config.slots = kMaxSlots + 1;
+    config.slots = 68 * 1024 / (Shape::kWarps * Shape::kRecord) + 1;
+    if (config.slots > kMaxSlots) config.slots = kMaxSlots;
     do {
       config.slots--;
       plan = plan_shared<Shape>(config, m, wide, limit);
@@ -91,6 +95,11 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       Shape::kWarps / config.row_warps,
                       config.splits,
                       config.slots,
+                      log2_of(Shape::kWarps / config.row_warps),
+                      log2_of(config.splits),
+                      rows_each,
+                      static_cast<uint32_t>(ceil_div(1 << 16, config.row_tiles)),
+                      static_cast<uint32_t>(ceil_div(1 << 16, rows_each)),
                       plan.x_bytes,
                       plan.region_bytes,
                       plan.low_regions,
