@@ -33,6 +33,7 @@ struct DecodeParams {
   int k_warps_log2, splits_log2;            // both are powers of two: an integer division costs
   int rows_each;                            // a tenth of a microsecond at the start of a block
   uint32_t row_tiles_inverse, rows_each_inverse;  // 2^16 / d rounded up, for small dividends
+  int early_slots;   // requested before the previous kernel has finished
   int x_bytes;       // of one x tile
   int region_bytes;  // of one warp: its ring, later its partial sums
   int low_regions;   // regions below the table; the others follow it
@@ -47,9 +48,12 @@ struct DecodeShape {
   static constexpr bool kMixed = Mixed_;   // see Decoder
   static constexpr int kXTiles = XTiles_;  // 8-row tiles of x: 1, 2, 4
   static constexpr int kGroups = Groups_;  // groups in a tile: 1, 2, 4
-  static constexpr int kWarps = XTiles_ == 4 ? 8 : 16;
+  static constexpr int kWarps = 16;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kMaxRows = XTiles_ == 1 ? 8 : 4;  // row tiles of one warp
+  static constexpr int kMaxRows = XTiles_ == 1 ? 8 : XTiles_ == 2 ? 4 : 2;  // row tiles of a warp
+  // x in registers: a whole tile, or half a tile at a time where that would be too many.
+  static constexpr int kHalves = XTiles_ == 4 ? 2 : 1;
+  static constexpr int kXFragments = kFragments / kHalves;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
 };
@@ -80,6 +84,7 @@ struct TileRing {
   int rows, row, left, slots;
   int slot;
   uint32_t phase;
+  bool ready;  // the current tile is known to have landed
 #if FLUTE_HAS_BULK
   uint64_t policy;
 #endif
@@ -102,26 +107,38 @@ struct TileRing {
     if (++row == rows) row = 0, next += k_step;
     left--;
   }
-  __device__ __forceinline__ void start(int lane) {
-    slot = 0, phase = 0, row = 0;
-    for (int i = 0; i < slots; i++) request(i, lane);
+  // Fills slots `from` .. `to` - 1.
+  __device__ __forceinline__ void start(int from, int to, int lane) {
+    for (int i = from; i < to; i++) request(i, lane);
   }
   __device__ __forceinline__ uint32_t wait() const {
-    barrier_wait(barriers + slot * 8, phase);
+#ifndef V_NOWAIT
+    if (!ready) barrier_wait(barriers + slot * 8, phase);
+#endif
     return tiles + slot * Shape::kRecord;
   }
-  // After all lanes have read the current tile: its slot is free for another.
+  // Asks early whether the next tile is there: the answer takes as long as a few table loads.
+  __device__ __forceinline__ void look_ahead() {
+    const bool wraps = slot + 1 == slots;
+    ready = barrier_test(barriers + (wraps ? 0 : slot + 1) * 8, phase ^ (wraps ? 1 : 0));
+  }
+  // To the next tile; the current one keeps its slot.
+  __device__ __forceinline__ void skip() {
+    if (++slot == slots) slot = 0, phase ^= 1;
+  }
+  // After all lanes have used the current tile: its slot is free for another. Not sooner, a copy
+  // may overtake reads that are under way.
   __device__ __forceinline__ void advance(int lane) {
     __syncwarp();
     request(slot, lane);
-    if (++slot == slots) slot = 0, phase ^= 1;
+    skip();
   }
 };
 
 // One k tile of x: requested while the previous one is multiplied, then held in registers.
 template <typename Shape>
 struct XTile {
-  uint32_t fragment[kFragments][Shape::kXTiles][2];
+  uint32_t fragment[Shape::kXFragments][Shape::kXTiles][2];
 
   // Warp `part` of `parts` that use the same tile requests its share of the rows.
   static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
@@ -137,13 +154,13 @@ struct XTile {
     copies_arrive(barrier);
   }
   // `row_address[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
-  __device__ __forceinline__ void load(const uint32_t (&row_address)[Shape::kXTiles]) {
+  __device__ __forceinline__ void load(const uint32_t (&row_address)[Shape::kXTiles], int half) {
 #pragma unroll
     for (int t = 0; t < Shape::kXTiles; t++)
 #pragma unroll
-      for (int f = 0; f < kFragments; f += 2) {
+      for (int f = 0; f < Shape::kXFragments; f += 2) {
         uint32_t r[4];
-        load_matrices(r, row_address[t] + f * 32);
+        load_matrices(r, row_address[t] + (half * Shape::kXFragments + f) * 32);
         fragment[f][t][0] = r[0], fragment[f][t][1] = r[1];
         fragment[f + 1][t][0] = r[2], fragment[f + 1][t][1] = r[3];
       }
@@ -171,34 +188,40 @@ struct Scales {
 template <typename Shape>
 using Sums = float[Shape::kXTiles][4];
 
-// sums += tile * x
+// sums += tile * x, for all of a tile's columns or one half of them
 template <typename Shape>
 __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
                                               const Scales<Shape>& scales, const XTile<Shape>& x,
-                                              const Decoder<Shape::kBits, Shape::kMixed>& decoder) {
+                                              const Decoder<Shape::kBits, Shape::kMixed>& decoder,
+                                              int half) {
   using T = typename Shape::T;
-  constexpr int kPairs = kFragments / 2 / Shape::kGroups;  // pairs of fragments in a group
+  constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
+  constexpr int kInStep =
+      kFragmentsInGroup < Shape::kXFragments ? kFragmentsInGroup : Shape::kXFragments;
+  // Even and odd fragments apart: a chain of dependent products is half as long. With four x
+  // tiles there are four chains already.
+  constexpr bool kTwoChains = Shape::kXTiles < 4;
 #pragma unroll
-  for (int group = 0; group < Shape::kGroups; group++) {
-    // Even and odd fragments apart: a chain of dependent products is half as long.
+  for (int begin = 0; begin < Shape::kXFragments; begin += kInStep) {
     float even_part[Shape::kXTiles][4] = {}, odd_part[Shape::kXTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < kPairs; i++) {
-      const int p = group * kPairs + i;
+    for (int f = begin; f < begin + kInStep; f += 2) {
       uint32_t even[4], odd[4];
-      decoder.decode(even, odd, codes, p);
+      decoder.decode(even, odd, codes, (half * Shape::kXFragments + f) / 2);
 #pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++) {
-        multiply<T>(even_part[t], even, x.fragment[2 * p][t]);
-        multiply<T>(odd_part[t], odd, x.fragment[2 * p + 1][t]);
-      }
+      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(even_part[t], even, x.fragment[f][t]);
+#pragma unroll
+      for (int t = 0; t < Shape::kXTiles; t++)
+        multiply<T>(kTwoChains ? odd_part[t] : even_part[t], odd, x.fragment[f + 1][t]);
     }
-    const float2 scale = widen<T>(scales.word[group]);
+    const float2 scale =
+        widen<T>(scales.word[(half * Shape::kXFragments + begin) / kFragmentsInGroup]);
 #pragma unroll
     for (int t = 0; t < Shape::kXTiles; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sums[t][i] += (i < 2 ? scale.x : scale.y) * (even_part[t][i] + odd_part[t][i]);
+        sums[t][i] += (i < 2 ? scale.x : scale.y) *
+                      (kTwoChains ? even_part[t][i] + odd_part[t][i] : even_part[t][i]);
   }
 }
 
@@ -263,10 +286,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   TableFill<Shape::kBits, Shape::kThreads> fill;
   fill.load(part_table, p.pair_table);
 
-  // The weights do not depend on the previous kernel: request them before anything else.
+  // The weights do not depend on the previous kernel: with overlap, some are requested while it
+  // still runs. The others follow x, which is needed first and would wait behind them.
   TileRing<Shape> ring;
   ring.barriers = barriers, ring.tiles = region, ring.slots = p.slots;
   ring.rows = rows, ring.left = steps * rows;
+  ring.slot = ring.row = 0, ring.phase = 0, ring.ready = false;
   ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
   ring.k_step = static_cast<int64_t>(p.k_warps) * Shape::kRecord - rows * ring.row_step;
   ring.next = p.records +
@@ -278,7 +303,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.policy = evict_first_policy();
 #endif
   __syncwarp();
-  ring.start(lane);
+  ring.start(0, p.early_slots, lane);
   STAMP(true, 1)
 
   Decoder<Shape::kBits, Shape::kMixed> decoder;
@@ -300,44 +325,66 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   wait_for_previous_launch();
 #endif
   if (steps > 0) request_x(0);
+  ring.start(p.early_slots, p.slots, lane);
   fill.store(table);
   __syncthreads();
 
   STAMP(true, 2)
   Sums<Shape> sums[Shape::kMaxRows] = {};
   for (int step = 0; step < steps; step++) {
-    XTile<Shape> x;
     barrier_wait(x_barrier, step & 1);
-    x.load(x_row);
-    if (step + 1 < steps) {
+    auto request_next_x = [&] {
+      if (step + 1 == steps) return;
       if (p.row_warps == 1)
         __syncwarp();
       else
         warps_sync(1 + k_warp, p.row_warps);
       request_x(step + 1);
-    }
+    };
+    XTile<Shape> x;
+    if constexpr (Shape::kHalves == 1) {
+      x.load(x_row, 0);
+      request_next_x();
 #pragma unroll
-    for (int r = 0; r < Shape::kMaxRows; r++) {
-      if (r < rows) {
-        STAMP(r == 0 && step == 0, 3)
-#ifndef V_NOWAIT
-        const uint32_t record = ring.wait();
-#else
-        const uint32_t record = ring.tiles + ring.slot * Shape::kRecord;
-#endif
-        STAMP(r == 0 && step == 0, 4)
-        Codes<Shape::kBits> codes;
-        Scales<Shape> scales;
-        codes.load(record, lane);
-        scales.load(record, lane);
-#ifndef V_NOCOMPUTE
-        multiply_tile<Shape>(sums[r], codes, scales, x, decoder);
-#else
-        for (int i = 0; i < int(sizeof(codes) / 4); i++) sums[r][0][i & 3] += __uint_as_float(reinterpret_cast<const uint32_t*>(&codes)[i] ^ scales.word[0] ^ x.fragment[i][0][0]);
-#endif
-        // Only now: a copy engine could overtake reads that are still under way.
-        ring.advance(lane);
+      for (int r = 0; r < Shape::kMaxRows; r++) {
+        if (r < rows) {
+          STAMP(r == 0 && step == 0, 3)
+          const uint32_t record = ring.wait();
+          STAMP(r == 0 && step == 0, 4)
+          Codes<Shape::kBits> codes;
+          Scales<Shape> scales;
+          codes.load(record, lane);
+          scales.load(record, lane);
+          ring.look_ahead();
+          multiply_tile<Shape>(sums[r], codes, scales, x, decoder, 0);
+          ring.advance(lane);
+        }
       }
+    } else {
+      // The warp's tiles stay in their slots until both halves are done.
+      uint32_t record[Shape::kMaxRows];
+      TileRing<Shape> done = ring;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        x.load(x_row, half);
+        if (half == 1) request_next_x();
+#pragma unroll
+        for (int r = 0; r < Shape::kMaxRows; r++) {
+          if (r < rows) {
+            if (half == 0) {
+              record[r] = ring.wait();
+              ring.skip();
+            }
+            Codes<Shape::kBits> codes;
+            Scales<Shape> scales;
+            codes.load(record[r], lane);
+            scales.load(record[r], lane);
+            multiply_tile<Shape>(sums[r], codes, scales, x, decoder, half);
+            if (half == 1) done.advance(lane);
+          }
+        }
+      }
+      ring = done;
     }
   }
 

@@ -57,19 +57,21 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
 
   const bool wide = true;
   SharedPlan plan;
+  const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
   // About 64 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
   // third (NOTES.md).
   if (config.slots <= 0) {
     config.slots = 68 * 1024 / (Shape::kWarps * Shape::kRecord) + 1;
     if (config.slots > kMaxSlots) config.slots = kMaxSlots;
+    if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
       config.slots--;
       plan = plan_shared<Shape>(config, m, wide, limit);
-    } while (plan.total < 0 && config.slots > 1);
+    } while (plan.total < 0 && config.slots > least_slots);
   } else {
     plan = plan_shared<Shape>(config, m, wide, limit);
   }
-  if (plan.total < 0 || config.slots > kMaxSlots) return kBadConfig;
+  if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots) return kBadConfig;
 
   static std::atomic<uint64_t> prepared{0};  // devices whose shared memory limit is raised
   if (device >= 64 || !(prepared.load() >> device & 1)) {
@@ -100,6 +102,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       rows_each,
                       static_cast<uint32_t>(ceil_div(1 << 16, config.row_tiles)),
                       static_cast<uint32_t>(ceil_div(1 << 16, rows_each)),
+                      config.overlap ? (config.slots < 2 ? config.slots : 2) : 0,
                       plan.x_bytes,
                       plan.region_bytes,
                       plan.low_regions,

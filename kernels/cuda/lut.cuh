@@ -31,19 +31,25 @@ constexpr bool kWideTable = true;  // host code asks table_row(arch)
 __host__ __device__ constexpr int table_row(bool wide) { return wide ? 256 : 128; }
 __host__ __device__ constexpr int table_bytes(bool wide) { return kTableEntries * table_row(wide); }
 
-__device__ __forceinline__ uint32_t table_pair(const void* table, bool pairs, int bits,
-                                               uint32_t first, uint32_t second) {
-  if (pairs) return __ldg(static_cast<const uint32_t*>(table) + (first << bits | second));
-  const uint16_t* values = static_cast<const uint16_t*>(table);
-  return __ldg(values + first) | static_cast<uint32_t>(__ldg(values + second)) << 16;
-}
+// The two values of a table entry, on their way: not touched before they are needed.
+struct TablePair {
+  uint32_t low, high;
+  __device__ __forceinline__ void load(const void* table, bool pairs, int bits, uint32_t first,
+                                       uint32_t second) {
+    const uint16_t* values = static_cast<const uint16_t*>(table);
+    const uint32_t at = 2 * (first << bits | second);
+    low = __ldg(values + (pairs ? at : first));
+    high = __ldg(values + (pairs ? at + 1 : second));
+  }
+  __device__ __forceinline__ uint32_t word() const { return low | high << 16; }
+};
 
 // Writes the shared table, all threads together, from a part's global table. In two steps, so that
 // other requests can be made while the global loads are under way.
 template <int Bits, int Threads>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
-  uint32_t first[kStores], second[kStores];
+  TablePair first[kStores], second[Bits == 2 ? kStores : 1];
 
   __device__ __forceinline__ void load(const void* table, bool pairs) {
 #pragma unroll
@@ -53,12 +59,11 @@ struct TableFill {
       // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte
       // holds the pairs of two fragments.
       if constexpr (Bits == 2) {
-        first[i] = table_pair(table, pairs, 2, index & 3, index >> 4 & 3);
-        second[i] = table_pair(table, pairs, 2, index >> 2 & 3, index >> 6);
+        first[i].load(table, pairs, 2, index & 3, index >> 4 & 3);
+        second[i].load(table, pairs, 2, index >> 2 & 3, index >> 6);
       } else {
         constexpr uint32_t kCode = (1u << Bits) - 1;
-        first[i] = table_pair(table, pairs, Bits, index & kCode, index >> 4 & kCode);
-        second[i] = first[i];
+        first[i].load(table, pairs, Bits, index & kCode, index >> 4 & kCode);
       }
     }
   }
@@ -67,8 +72,9 @@ struct TableFill {
 #pragma unroll
     for (int i = 0; i < kStores; i++) {
       const uint32_t at = threadIdx.x + i * Threads;
+      const uint32_t even = first[i].word(), odd = Bits == 2 ? second[Bits == 2 ? i : 0].word() : even;
       store_shared4(to + at / 8 * table_row(kWideTable) + at % 8 * 16,
-                    make_uint4(first[i], second[i], first[i], second[i]));
+                    make_uint4(even, odd, even, odd));
     }
   }
 };
@@ -161,7 +167,7 @@ struct Decoder {
   __device__ __forceinline__ void decode(uint32_t (&even)[4], uint32_t (&odd)[4],
                                          const Codes<Bits>& codes, int p) const {
     if constexpr (Bits == 2) {
-      if (Mixed && p >= 2) {
+      if (Mixed && p == 3) {
         registers.decode(even, codes.word[p]);
         registers.decode(odd, codes.word[p] >> 2);
       } else {
@@ -173,7 +179,7 @@ struct Decoder {
       }
     } else {
       from_table(even, codes.nibbles(2 * p));
-      if (Mixed && (p & 1))
+      if (Mixed && p == 3)
         registers.decode(odd, codes.nibbles(2 * p + 1));
       else
         from_table(odd, codes.nibbles(2 * p + 1));
