@@ -34,9 +34,10 @@ struct DecodeParams {
   int rows_each;                            // a tenth of a microsecond at the start of a block
   uint32_t row_tiles_inverse, rows_each_inverse;  // 2^16 / d rounded up, for small dividends
   int early_slots;   // requested before the previous kernel has finished
-  int x_bytes;       // of one x tile
+  int x_bytes;       // of the x tiles of a step
   int region_bytes;  // of one warp: its ring, later its partial sums
-  int low_regions;   // regions below the table; the others follow it
+  int x_offset;      // of all x tiles, from the start of shared memory
+  int first_region, low_regions, high_region;  // regions below the table, then those behind it
   int first_block[FLUTE_MAX_PARTS + 1];  // of each part
   Parts parts;
 };
@@ -54,7 +55,11 @@ struct DecodeShape {
   // x in registers: a whole tile, or half a tile at a time where that would be too many.
   static constexpr int kHalves = XTiles_ == 4 ? 2 : 1;
   static constexpr int kXFragments = kFragments / kHalves;
+  // k tiles that a warp requests and multiplies in one step. A bulk copy holds up shared memory for
+  // 15 clocks whatever its size, a quarter of a tile's time (NOTES.md): the fewer the better.
+  static constexpr int kDepth = XTiles_ == 1 ? 2 : 1;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
+  static constexpr int kSlot = kDepth * kRecord;
   static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
 };
 
@@ -74,59 +79,59 @@ struct BlockRows {
   }
 };
 
-// The tiles of one warp on their way to shared memory, in the order of use: for each k tile of the
-// warp, its row tiles.
+// The tiles of one warp on their way to shared memory, in the order of use: step by step along k,
+// and in each step the row tiles. A slot takes the kDepth k tiles of a row tile and step.
 template <typename Shape>
 struct TileRing {
-  uint32_t barriers, tiles;  // shared addresses: one barrier and one tile for each slot
-  const uint8_t* next;       // tile to request next
-  int64_t row_step, k_step;  // from one row tile to the next; from the last one to the next k tile
-  int rows, row, left, slots;
+  uint32_t barriers, slots_at;  // shared addresses: one barrier and one slot after another
+  const uint8_t* next;          // to request next
+  int64_t row_step;             // from one row tile to the next
+  int64_t back;                 // from behind the last row tile to the first
+  int rows, row, k_left, slots;
   int slot;
   uint32_t phase;
-  bool ready;  // the current tile is known to have landed
+  bool ready;  // the current slot is known to be filled
 #if FLUTE_HAS_BULK
   uint64_t policy;
 #endif
 
   __device__ __forceinline__ void request(int at, int lane) {
-    if (left == 0) return;
+    if (k_left <= 0) return;
 #ifdef V_NOWAIT
     return;
 #endif
-    const uint32_t to = tiles + at * Shape::kRecord, barrier = barriers + at * 8;
-#if FLUTE_HAS_BULK && !defined(V_LDGSTS)
-    if (lane == 0) bulk_copy(to, next, Shape::kRecord, barrier, policy);
+    const uint32_t to = slots_at + at * Shape::kSlot, barrier = barriers + at * 8;
+    const int bytes = Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
+#if FLUTE_HAS_BULK
+    if (lane == 0) bulk_copy(to, next, bytes, barrier, policy);
 #else
-#pragma unroll
-    for (int i = 0; i < Shape::kRecord; i += 512)
-      if (i + lane * 16 < Shape::kRecord) copy16(to + i + lane * 16, next + i + lane * 16);
+    for (int i = lane * 16; i < bytes; i += 512) copy16(to + i, next + i);
     copies_arrive(barrier);
 #endif
     next += row_step;
-    if (++row == rows) row = 0, next += k_step;
-    left--;
+    if (++row == rows) row = 0, next += back + Shape::kSlot, k_left -= Shape::kDepth;
   }
   // Fills slots `from` .. `to` - 1.
   __device__ __forceinline__ void start(int from, int to, int lane) {
+#pragma unroll 1
     for (int i = from; i < to; i++) request(i, lane);
   }
   __device__ __forceinline__ uint32_t wait() const {
 #ifndef V_NOWAIT
     if (!ready) barrier_wait(barriers + slot * 8, phase);
 #endif
-    return tiles + slot * Shape::kRecord;
+    return slots_at + slot * Shape::kSlot;
   }
-  // Asks early whether the next tile is there: the answer takes as long as a few table loads.
+  // Asks early whether the next slot is filled: the answer takes as long as a few table loads.
   __device__ __forceinline__ void look_ahead() {
     const bool wraps = slot + 1 == slots;
     ready = barrier_test(barriers + (wraps ? 0 : slot + 1) * 8, phase ^ (wraps ? 1 : 0));
   }
-  // To the next tile; the current one keeps its slot.
+  // To the next slot; the current one stays as it is.
   __device__ __forceinline__ void skip() {
     if (++slot == slots) slot = 0, phase ^= 1;
   }
-  // After all lanes have used the current tile: its slot is free for another. Not sooner, a copy
+  // After all lanes have used the current slot: it is free for another request. Not sooner, a copy
   // may overtake reads that are under way.
   __device__ __forceinline__ void advance(int lane) {
     __syncwarp();
@@ -140,27 +145,31 @@ template <typename Shape>
 struct XTile {
   uint32_t fragment[Shape::kXFragments][Shape::kXTiles][2];
 
-  // Warp `part` of `parts` that use the same tile requests its share of the rows.
+  // Warp `part` of `parts` that use the same tiles requests its share of the rows of `depth` tiles.
   static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
-                                                 uint32_t barrier, int k_tile, int part, int parts,
-                                                 int lane) {
+                                                 uint32_t barrier, int k_tile, int depth, int part,
+                                                 int parts, int lane) {
     // Half a warp copies a row. k is a multiple of 32, so 16 bytes are all inside or all outside.
-    const int chunk = lane % 16, k = k_tile * kTileK + chunk * 8;
-    const bool inside = k < p.k;
-    const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? 2 * k : 0);
-#pragma unroll 2
-    for (int row = 2 * part + lane / 16; row < p.m; row += 2 * parts)
-      copy16(to + row * kXRow + chunk * 16, from + row * static_cast<int64_t>(2 * p.k), inside);
+    const int chunk = lane % 16;
+    for (int d = 0; d < depth; d++, to += p.m * kXRow) {
+      const int k = (k_tile + d) * kTileK + chunk * 8;
+      const bool inside = k < p.k;
+      const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? 2 * k : 0);
+#pragma unroll 1
+      for (int row = 2 * part + lane / 16; row < p.m; row += 2 * parts)
+        copy16(to + row * kXRow + chunk * 16, from + row * static_cast<int64_t>(2 * p.k), inside);
+    }
     copies_arrive(barrier);
   }
-  // `row_address[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
-  __device__ __forceinline__ void load(const uint32_t (&row_address)[Shape::kXTiles], int half) {
+  // `row[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
+  __device__ __forceinline__ void load(const uint32_t (&row)[Shape::kXTiles],
+                                       const uint32_t (&next)[Shape::kXTiles], int d, int half) {
 #pragma unroll
     for (int t = 0; t < Shape::kXTiles; t++)
 #pragma unroll
       for (int f = 0; f < Shape::kXFragments; f += 2) {
         uint32_t r[4];
-        load_matrices(r, row_address[t] + (half * Shape::kXFragments + f) * 32);
+        load_matrices(r, row[t] + d * next[t] + (half * Shape::kXFragments + f) * 32);
         fragment[f][t][0] = r[0], fragment[f][t][1] = r[1];
         fragment[f + 1][t][0] = r[2], fragment[f + 1][t][1] = r[3];
       }
@@ -263,24 +272,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t base = shared_address(shared);
   const uint32_t table = (base + kTableAlignment - 1) & ~(kTableAlignment - 1u);
   auto region_of = [&](int w) {
-    const int above = w - p.low_regions;
-    return above < 0 ? table + above * p.region_bytes
-                     : table + table_bytes(kWideTable) + above * p.region_bytes;
+    return (w < p.low_regions ? base + p.first_region
+                              : base + p.high_region - p.low_regions * p.region_bytes) +
+           w * p.region_bytes;
   };
   const int row_warp = warp >> p.k_warps_log2, k_warp = warp & (p.k_warps - 1);
   const uint32_t barriers = base + warp * kBarrierBytes;
   const uint32_t x_barrier = base + k_warp * kBarrierBytes + kMaxSlots * 8;
-  const uint32_t x_tiles = base + Shape::kWarps * kBarrierBytes;
-  const uint32_t x_tile = x_tiles + k_warp * p.x_bytes;
-  const uint32_t zeros = x_tiles + p.k_warps * p.x_bytes;
+  const uint32_t zeros = base + Shape::kWarps * kBarrierBytes;
+  const uint32_t x_tile = base + p.x_offset + k_warp * p.x_bytes;
   const uint32_t region = region_of(warp);
 
-  // This warp's share: `rows` row tiles from `first`, k tiles begin, begin + k_warps, ... < end.
+  // This warp's share: `rows` row tiles from `first`, k tiles `begin` .. `end` - 1.
   const int first = row_warp * p.rows_each;
   const int rows = max(0, min(p.rows_each, block.tiles - first));
-  const int begin = (p.k_tiles * split >> p.splits_log2) + k_warp;
-  const int end = p.k_tiles * (split + 1) >> p.splits_log2;
-  const int steps = begin >= end ? 0 : (end - begin + p.k_warps - 1) >> p.k_warps_log2;
+  const int block_begin = p.k_tiles * split >> p.splits_log2;
+  const int block_length = (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
+  const int begin = block_begin + (block_length * k_warp >> p.k_warps_log2);
+  const int end = block_begin + (block_length * (k_warp + 1) >> p.k_warps_log2);
+  const int steps = (end - begin + Shape::kDepth - 1) / Shape::kDepth;
 
   const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
   TableFill<Shape::kBits, Shape::kThreads> fill;
@@ -289,11 +299,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // The weights do not depend on the previous kernel: with overlap, some are requested while it
   // still runs. The others follow x, which is needed first and would wait behind them.
   TileRing<Shape> ring;
-  ring.barriers = barriers, ring.tiles = region, ring.slots = p.slots;
-  ring.rows = rows, ring.left = steps * rows;
+  ring.barriers = barriers, ring.slots_at = region, ring.slots = p.slots;
+  ring.rows = rows, ring.k_left = rows > 0 ? end - begin : 0;
   ring.slot = ring.row = 0, ring.phase = 0, ring.ready = false;
   ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
-  ring.k_step = static_cast<int64_t>(p.k_warps) * Shape::kRecord - rows * ring.row_step;
+  ring.back = -rows * ring.row_step;
   ring.next = p.records +
               (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) * Shape::kRecord;
   if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK && !V_COUNT32 ? 1 : 32);
@@ -309,15 +319,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   Decoder<Shape::kBits, Shape::kMixed> decoder;
   decoder.init(table, part_table, lane);
   if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
-  uint32_t x_row[Shape::kXTiles];
+  uint32_t x_row[Shape::kXTiles], x_next[Shape::kXTiles];  // a row, and how far to the next tile's
 #pragma unroll
   for (int t = 0; t < Shape::kXTiles; t++) {
     const int row = t * 8 + lane % 8;
     x_row[t] = (row < p.m ? x_tile + row * kXRow : zeros) + lane / 8 * 16;
+    x_next[t] = row < p.m ? p.m * kXRow : 0;
   }
   auto request_x = [&](int step) {
-    XTile<Shape>::request(p, x_tile, x_barrier, begin + step * p.k_warps, row_warp, p.row_warps,
-                          lane);
+    const int k_tile = begin + step * Shape::kDepth;
+    XTile<Shape>::request(p, x_tile, x_barrier, k_tile, min(Shape::kDepth, end - k_tile), row_warp,
+                          p.row_warps, lane);
   };
   if (p.row_warps > 1) __syncthreads();  // barriers of other warps
 #if FLUTE_HAS_BULK
@@ -341,32 +353,40 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         warps_sync(1 + k_warp, p.row_warps);
       request_x(step + 1);
     };
-    XTile<Shape> x;
     if constexpr (Shape::kHalves == 1) {
-      x.load(x_row, 0);
+      const bool full = begin + (step + 1) * Shape::kDepth <= end;  // else one k tile is left
+      XTile<Shape> x[Shape::kDepth];
+#pragma unroll
+      for (int d = 0; d < Shape::kDepth; d++)
+        if (d == 0 || full) x[d].load(x_row, x_next, d, 0);
       request_next_x();
 #pragma unroll
       for (int r = 0; r < Shape::kMaxRows; r++) {
         if (r < rows) {
           STAMP(r == 0 && step == 0, 3)
-          const uint32_t record = ring.wait();
+          const uint32_t slot = ring.wait();
           STAMP(r == 0 && step == 0, 4)
-          Codes<Shape::kBits> codes;
-          Scales<Shape> scales;
-          codes.load(record, lane);
-          scales.load(record, lane);
-          ring.look_ahead();
-          multiply_tile<Shape>(sums[r], codes, scales, x, decoder, 0);
+#pragma unroll
+          for (int d = 0; d < Shape::kDepth; d++) {
+            if (d > 0 && !full) continue;
+            Codes<Shape::kBits> codes;
+            Scales<Shape> scales;
+            codes.load(slot + d * Shape::kRecord, lane);
+            scales.load(slot + d * Shape::kRecord, lane);
+            if (d == 0) ring.look_ahead();
+            multiply_tile<Shape>(sums[r], codes, scales, x[d], decoder, 0);
+          }
           ring.advance(lane);
         }
       }
     } else {
       // The warp's tiles stay in their slots until both halves are done.
+      XTile<Shape> x;
       uint32_t record[Shape::kMaxRows];
       TileRing<Shape> done = ring;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        x.load(x_row, half);
+        x.load(x_row, x_next, 0, half);
         if (half == 1) request_next_x();
 #pragma unroll
         for (int r = 0; r < Shape::kMaxRows; r++) {
@@ -400,6 +420,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // Half a warp sums a column of 16 rows at a time; `write` takes it.
   auto for_each_output = [&](auto write) {
     const int row16 = thread % 16;
+#pragma unroll 1
     for (int unit = thread / 16; unit < p.m * p.row_tiles; unit += Shape::kThreads / 16) {
       const int m = unit * p.row_tiles_inverse >> 16, tile = unit - m * p.row_tiles;
       const int row = tile * kTileRows + row16;
@@ -408,6 +429,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       const uint32_t at = (tile - group * p.rows_each) * Shape::kPartialTile +
                           (m * kPartialColumn + row16) * 4;
       float sum = 0;
+#pragma unroll 1
       for (int i = 0; i < p.k_warps; i += 4) {
         float part[4];  // loaded together, added in order
 #pragma unroll
@@ -437,6 +459,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     store_shared_float(table + (m * stride + row) * 4, sum);
   });
   cluster_sync();
+#pragma unroll 1
   for (int i = split * Shape::kThreads + thread; i < p.m * stride;
        i += Shape::kThreads << p.splits_log2) {
     const int unit = i / 16, m = unit * p.row_tiles_inverse >> 16, row = i - m * stride;

@@ -12,25 +12,34 @@ constexpr int kSharedReserved = 1024;  // the system's share at the start of a b
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
-  int x_bytes, region_bytes, low_regions, total;
+  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, total;
 };
 
+// Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table where
+// there is no room before it.
 template <typename Shape>
 SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int limit) {
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  const int ring = config.slots * Shape::kRecord, partial = rows_each * Shape::kPartialTile;
+  const int ring = config.slots * Shape::kSlot, partial = rows_each * Shape::kPartialTile;
   SharedPlan plan;
-  plan.x_bytes = m * kXRow;
+  plan.x_bytes = Shape::kDepth * m * kXRow;
   plan.region_bytes = ring > partial ? ring : partial;
-  const int start = kSharedReserved + Shape::kWarps * kBarrierBytes +
-                    Shape::kWarps / config.row_warps * plan.x_bytes + kXRow;
-  const int room = kTableAlignment - start;
-  plan.low_regions = room < 0 ? 0 : room / plan.region_bytes;
+  const int before = kTableAlignment - kSharedReserved;  // the table's offset
+  const int x_total = Shape::kWarps / config.row_warps * plan.x_bytes;
+  plan.x_offset = Shape::kWarps * kBarrierBytes + kXRow;
+  plan.high_region = before + table_bytes(wide);
+  if (plan.x_offset + x_total <= before) {
+    plan.first_region = plan.x_offset + x_total;
+  } else {
+    plan.first_region = plan.x_offset;
+    plan.x_offset = plan.high_region;
+    plan.high_region += x_total;
+  }
+  plan.low_regions = (before - plan.first_region) / plan.region_bytes;
   if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
   const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
-  const int above = (Shape::kWarps - plan.low_regions) * plan.region_bytes;
-  plan.total = kTableAlignment + table_bytes(wide) + above - kSharedReserved;
-  if (room < 0 || sums > table_bytes(wide) || plan.total > limit) plan.total = -1;
+  plan.total = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
+  if (sums > table_bytes(wide) || plan.total > limit) plan.total = -1;
   return plan;
 }
 
@@ -61,7 +70,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   // About 64 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
   // third (NOTES.md).
   if (config.slots <= 0) {
-    config.slots = 68 * 1024 / (Shape::kWarps * Shape::kRecord) + 1;
+    config.slots = 68 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
     if (config.slots > kMaxSlots) config.slots = kMaxSlots;
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
@@ -102,10 +111,13 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       rows_each,
                       static_cast<uint32_t>(ceil_div(1 << 16, config.row_tiles)),
                       static_cast<uint32_t>(ceil_div(1 << 16, rows_each)),
-                      config.overlap ? (config.slots < 2 ? config.slots : 2) : 0,
+                      config.overlap < config.slots ? config.overlap : config.slots,
                       plan.x_bytes,
                       plan.region_bytes,
+                      plan.x_offset,
+                      plan.first_region,
                       plan.low_regions,
+                      plan.high_region,
                       {},
                       Parts(matrix)};
   for (int i = 0; i < matrix.parts; i++)
