@@ -97,9 +97,6 @@ struct TileRing {
 
   __device__ __forceinline__ void request(int at, int lane) {
     if (k_left <= 0) return;
-#ifdef V_NOWAIT
-    return;
-#endif
     const uint32_t to = slots_at + at * Shape::kSlot, barrier = barriers + at * 8;
     const int bytes = Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
 #if FLUTE_HAS_BULK
@@ -117,9 +114,7 @@ struct TileRing {
     for (int i = from; i < to; i++) request(i, lane);
   }
   __device__ __forceinline__ uint32_t wait() const {
-#ifndef V_NOWAIT
     if (!ready) barrier_wait(barriers + slot * 8, phase);
-#endif
     return slots_at + slot * Shape::kSlot;
   }
   // Asks early whether the next slot is filled: the answer takes as long as a few table loads.
@@ -247,30 +242,18 @@ __device__ __forceinline__ void store_partial(uint32_t to, const Sums<Shape>& su
           sums[tile][i]);
 }
 
-#ifdef V_LDGSTS
-#define V_COUNT32 1
-#else
-#define V_COUNT32 0
-#endif
-#ifdef V_STAMP
-__device__ long long stamps[4096 * 16];
-#define STAMP(cond, i) if ((cond) && lane == 0 && warp == 5) { long long t_; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t_)); stamps[blockIdx.x * 16 + i] = clock64(); if (i == 0) stamps[blockIdx.x * 16 + 8] = t_; if (i == 7) stamps[blockIdx.x * 16 + 9] = t_; }
-#else
-#define STAMP(cond, i)
-#endif
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
-  STAMP(true, 0)
   const int split = blockIdx.x & (p.splits - 1);
   const BlockRows block(p, blockIdx.x >> p.splits_log2);
 
   // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions.
   const uint32_t base = shared_address(shared);
-  const uint32_t table = (base + kTableAlignment - 1) & ~(kTableAlignment - 1u);
+  const uint32_t table = (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
   auto region_of = [&](int w) {
     return (w < p.low_regions ? base + p.first_region
                               : base + p.high_region - p.low_regions * p.region_bytes) +
@@ -306,7 +289,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.back = -rows * ring.row_step;
   ring.next = p.records +
               (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) * Shape::kRecord;
-  if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK && !V_COUNT32 ? 1 : 32);
+  if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK ? 1 : 32);
   if (lane == kMaxSlots) barrier_init(barriers + lane * 8, 32 * p.row_warps);
 #if FLUTE_HAS_BULK
   barrier_init_fence();
@@ -314,7 +297,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #endif
   __syncwarp();
   ring.start(0, p.early_slots, lane);
-  STAMP(true, 1)
 
   Decoder<Shape::kBits, Shape::kMixed> decoder;
   decoder.init(table, part_table, lane);
@@ -341,7 +323,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   fill.store(table);
   __syncthreads();
 
-  STAMP(true, 2)
   Sums<Shape> sums[Shape::kMaxRows] = {};
   for (int step = 0; step < steps; step++) {
     barrier_wait(x_barrier, step & 1);
@@ -363,9 +344,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
       for (int r = 0; r < Shape::kMaxRows; r++) {
         if (r < rows) {
-          STAMP(r == 0 && step == 0, 3)
           const uint32_t slot = ring.wait();
-          STAMP(r == 0 && step == 0, 4)
 #pragma unroll
           for (int d = 0; d < Shape::kDepth; d++) {
             if (d > 0 && !full) continue;
@@ -408,7 +387,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
 
-  STAMP(true, 5)
   // Sum over the warps that split k, in their order.
   __syncwarp();
 #pragma unroll
@@ -416,7 +394,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (r < rows) store_partial<Shape>(region + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
-  STAMP(true, 6)
   // Half a warp sums a column of 16 rows at a time; `write` takes it.
   auto for_each_output = [&](auto write) {
     const int row16 = thread % 16;
@@ -448,7 +425,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   };
   if (p.splits == 1) {
     for_each_output(write_y);
-    STAMP(true, 7)
     return;
   }
 #if FLUTE_HAS_BULK

@@ -8,6 +8,7 @@
 
 namespace flute {
 
+constexpr int kMaxDevices = 64;
 constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
@@ -24,7 +25,7 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
   SharedPlan plan;
   plan.x_bytes = Shape::kDepth * m * kXRow;
   plan.region_bytes = ring > partial ? ring : partial;
-  const int before = kTableAlignment - kSharedReserved;  // the table's offset
+  const int before = table_alignment(wide) - kSharedReserved;  // the table's offset
   const int x_total = Shape::kWarps / config.row_warps * plan.x_bytes;
   plan.x_offset = Shape::kWarps * kBarrierBytes + kXRow;
   plan.high_region = before + table_bytes(wide);
@@ -48,23 +49,35 @@ inline int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); 
 template <typename Shape>
 int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
                  const void* records, const void* table, void* y, cudaStream_t stream) {
-  int device = 0, limit = 0, major = 0;
+  int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
 
-  if (config.row_warps <= 0) config.row_warps = 1;
-  if (config.row_tiles <= 0) config.row_tiles = 1;
-  if (config.splits <= 0) config.splits = 1;
+  if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
+    return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
   if (rows_each > Shape::kMaxRows || config.row_tiles > 128 || Shape::kWarps % config.row_warps || config.splits > 8 ||
-      (config.splits & (config.splits - 1)) || (config.splits > 1 && major < 9))
+      (config.splits & (config.splits - 1)))
     return kBadConfig;
 
-  const bool wide = true;
+  // Which of the compiled versions this device runs; asked and prepared once.
+  static std::atomic<int> versions[kMaxDevices];
+  int version = device < kMaxDevices ? versions[device].load(std::memory_order_relaxed) : 0;
+  if (version == 0) {
+    cudaFuncAttributes code;
+    error = cudaFuncGetAttributes(&code, decode_kernel<Shape>);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(decode_kernel<Shape>,
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (error != cudaSuccess) return error;
+    version = code.ptxVersion;
+    if (device < kMaxDevices) versions[device].store(version, std::memory_order_relaxed);
+  }
+  const bool wide = has_wide_table(version), hopper = version >= 90;
+  if (config.splits > 1 && !hopper) return kBadConfig;
+
   SharedPlan plan;
   const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
   // About 64 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
@@ -81,14 +94,6 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
     plan = plan_shared<Shape>(config, m, wide, limit);
   }
   if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots) return kBadConfig;
-
-  static std::atomic<uint64_t> prepared{0};  // devices whose shared memory limit is raised
-  if (device >= 64 || !(prepared.load() >> device & 1)) {
-    error = cudaFuncSetAttribute(decode_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 limit);
-    if (error != cudaSuccess) return error;
-    if (device < 64) prepared.fetch_or(uint64_t{1} << device);
-  }
 
   const int table_entry = matrix.pair_table ? (2 << (2 * matrix.bits)) : (1 << matrix.bits);
   DecodeParams params{static_cast<const uint8_t*>(records),
@@ -138,7 +143,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
     attributes[launch.numAttrs].val.clusterDim = {static_cast<unsigned>(config.splits), 1, 1};
     launch.numAttrs++;
   }
-  if (config.overlap && major >= 9) {
+  if (config.overlap && hopper) {
     attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[launch.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     launch.numAttrs++;

@@ -8,9 +8,3 @@ int decode_w4(FLUTE_DECODE_ARGUMENTS) {
 }
 
 }  // namespace flute
-
-#ifdef V_STAMP
-extern "C" int flute_stamps(void* to) {
-  return cudaMemcpyFromSymbol(to, flute::stamps, sizeof(flute::stamps));
-}
-#endif

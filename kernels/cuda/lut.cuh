@@ -15,9 +15,7 @@
 
 namespace flute {
 
-constexpr int kTableAlignment = 0x10000;
 constexpr int kTableEntries = 256;
-constexpr int kTableCopies = 128;  // bytes of a row in use: 32 copies of a pair
 
 // Wide rows need 128 KiB of shared memory; sm_86, sm_89 and sm_120 have 100.
 __host__ __device__ constexpr bool has_wide_table(int arch) {
@@ -26,8 +24,10 @@ __host__ __device__ constexpr bool has_wide_table(int arch) {
 #ifdef __CUDA_ARCH__
 constexpr bool kWideTable = has_wide_table(__CUDA_ARCH__ / 10);
 #else
-constexpr bool kWideTable = true;  // host code asks table_row(arch)
+constexpr bool kWideTable = true;  // host code asks has_wide_table
 #endif
+// The index is bits 8..15 of a wide table's address, 7..14 of a narrow one's: free in its start.
+__host__ __device__ constexpr uint32_t table_alignment(bool wide) { return wide ? 0x10000 : 0x8000; }
 __host__ __device__ constexpr int table_row(bool wide) { return wide ? 256 : 128; }
 __host__ __device__ constexpr int table_bytes(bool wide) { return kTableEntries * table_row(wide); }
 

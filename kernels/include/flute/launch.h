@@ -10,6 +10,7 @@
 extern "C" {
 #endif
 
+#define FLUTE_API __attribute__((visibility("default")))
 #define FLUTE_MAX_PARTS 16
 #define FLUTE_MAX_M 32
 
@@ -26,31 +27,33 @@ typedef struct {
   int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
 } FluteMatrix;
 
-// How a decode launch is cut; flute_vllm/tuning.py chooses it. 0 in a field means "default".
+// How a decode launch is cut; flute_vllm/tuning.py chooses it.
 typedef struct {
-  int32_t row_tiles;   // 16-row tiles that one block computes
-  int32_t row_warps;   // groups of warps that share these tiles; the other factor splits K
-  int32_t splits;      // blocks of a cluster that split K: 1, 2, 4 or 8
-  int32_t slots;       // tiles in flight per warp
-  int32_t overlap;     // 1: programmatic dependent launch
+  int32_t row_tiles;  // 16-row tiles that one block computes
+  int32_t row_warps;  // groups of a block's 16 warps that share these tiles: 1, 2, 4, 8, 16; within
+                      // a group the warps split k
+  int32_t splits;     // blocks of a cluster that split k: 1, 2, 4 or 8
+  int32_t slots;      // requests in flight per warp; 0: as many as serve
+  int32_t overlap;    // 0: start after the previous kernel. n > 0: programmatic dependent launch
+                      // with n of the slots requested before the previous kernel has finished
 } FluteDecodeConfig;
 
 // Words (int32) of the internal layout of a matrix.
-int64_t flute_record_words(const FluteMatrix* matrix);
+FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
 
 // Canonical qweight int32 [n, k/32*bits] and scales [n, groups] to the internal layout.
-int flute_repack(const FluteMatrix* matrix, const void* qweight, const void* scales, void* records,
+FLUTE_API int flute_repack(const FluteMatrix* matrix, const void* qweight, const void* scales, void* records,
                  void* stream);
 
 // Internal layout to w [n, k] = round(table[code] * scale).
-int flute_dequantize(const FluteMatrix* matrix, const void* records, const void* table, void* w,
+FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, const void* table, void* w,
                      void* stream);
 
 // y [m, n] = x [m, k] * w^T, 1 <= m <= FLUTE_MAX_M. x must be 16-byte aligned and contiguous.
-int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
+FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                  const void* x, const void* records, const void* table, void* y, void* stream);
 
-const char* flute_error_text(int error);
+FLUTE_API const char* flute_error_text(int error);
 
 #ifdef __cplusplus
 }
