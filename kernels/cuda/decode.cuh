@@ -42,11 +42,10 @@ struct DecodeParams {
   Parts parts;
 };
 
-template <int Bits_, bool Mixed_, typename T_, int XTiles_, int Groups_>
+template <int Bits_, typename T_, int XTiles_, int Groups_>
 struct DecodeShape {
   using T = T_;
   static constexpr int kBits = Bits_;
-  static constexpr bool kMixed = Mixed_;   // see Decoder
   static constexpr int kXTiles = XTiles_;  // 8-row tiles of x: 1, 2, 4
   static constexpr int kGroups = Groups_;  // groups in a tile: 1, 2, 4
   static constexpr int kWarps = 16;
@@ -196,7 +195,7 @@ using Sums = float[Shape::kXTiles][4];
 template <typename Shape>
 __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
                                               const Scales<Shape>& scales, const XTile<Shape>& x,
-                                              const Decoder<Shape::kBits, Shape::kMixed>& decoder,
+                                              const Decoder<Shape::kBits>& decoder,
                                               int half) {
   using T = typename Shape::T;
   constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
@@ -298,8 +297,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncwarp();
   ring.start(0, p.early_slots, lane);
 
-  Decoder<Shape::kBits, Shape::kMixed> decoder;
-  decoder.init(table, part_table, lane);
+  const Decoder<Shape::kBits> decoder(table, lane);
   if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
   uint32_t x_row[Shape::kXTiles], x_next[Shape::kXTiles];  // a row, and how far to the next tile's
 #pragma unroll

@@ -159,15 +159,15 @@ int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
 
-template <int Bits, bool Mixed, typename T, int XTiles>
+template <int Bits, typename T, int XTiles>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                                 \
-  case GROUPS:                                                                             \
-    return launch_shape<DecodeShape<Bits, Mixed, T, XTiles, GROUPS>>(matrix, config, m, x, \
-                                                                     records, table, y, stream)
+#define FLUTE_CASE(GROUPS)                                                                        \
+  case GROUPS:                                                                                    \
+    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(matrix, config, m, x, records, table, \
+                                                              y, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
-#ifndef FLUTE_FEW_SHAPES
+#ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
     FLUTE_CASE(2);
     FLUTE_CASE(4);
 #endif
@@ -176,30 +176,21 @@ int launch_groups(FLUTE_DECODE_ARGUMENTS) {
   return kBadShape;
 }
 
-template <int Bits, bool Mixed, typename T>
+template <int Bits, typename T>
 int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
-  const auto launch = m <= 8    ? launch_groups<Bits, Mixed, T, 1>
-                      : m <= 16 ? launch_groups<Bits, Mixed, T, 2>
-                                : launch_groups<Bits, Mixed, T, 4>;
+  const auto launch = m <= 8    ? launch_groups<Bits, T, 1>
+                      : m <= 16 ? launch_groups<Bits, T, 2>
+                                : launch_groups<Bits, T, 4>;
   return launch(matrix, config, m, x, records, table, y, stream);
-}
-
-template <int Bits, bool Mixed>
-int launch_dtype(FLUTE_DECODE_ARGUMENTS) {
-#ifndef FLUTE_FEW_SHAPES
-  if (matrix.dtype == FLUTE_FLOAT16)
-    return launch_x_tiles<Bits, Mixed, __half>(matrix, config, m, x, records, table, y, stream);
-#endif
-  return launch_x_tiles<Bits, Mixed, __nv_bfloat16>(matrix, config, m, x, records, table, y,
-                                                    stream);
 }
 
 template <int Bits>
 int launch_bits(FLUTE_DECODE_ARGUMENTS) {
-  if constexpr (Bits < 4)
-    if (!matrix.pair_table)
-      return launch_dtype<Bits, true>(matrix, config, m, x, records, table, y, stream);
-  return launch_dtype<Bits, false>(matrix, config, m, x, records, table, y, stream);
+#ifndef FLUTE_FEW_SHAPES
+  if (matrix.dtype == FLUTE_FLOAT16)
+    return launch_x_tiles<Bits, __half>(matrix, config, m, x, records, table, y, stream);
+#endif
+  return launch_x_tiles<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
 }
 
 }  // namespace flute

@@ -123,74 +123,35 @@ struct Codes<3> {
   }
 };
 
-// A table of up to 8 values in registers, low and high bytes apart, for PRMT to choose from.
+// Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead, to
+// relieve shared memory, gained nothing at any bit width (NOTES.md).
 template <int Bits>
-struct RegisterTable {
-  static constexpr int kWords = Bits == 3 ? 2 : 1;
-  uint32_t low[kWords], high[kWords];
-
-  __device__ __forceinline__ void load(const void* table) {
-    const uint32_t* pairs = static_cast<const uint32_t*>(table);
-#pragma unroll
-    for (int i = 0; i < kWords; i++) {
-      const uint32_t a = __ldg(pairs + 2 * i), b = __ldg(pairs + 2 * i + 1);
-      low[i] = permute_bytes(a, b, 0x6420), high[i] = permute_bytes(a, b, 0x7531);
-    }
-  }
-  __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t nibbles) const {
-    const uint32_t selectors = nibbles & (Bits == 3 ? 0x77777777u : 0x33333333u);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t s = half ? selectors >> 16 : selectors;
-      const uint32_t l = permute_bytes(low[0], low[kWords - 1], s);
-      const uint32_t h = permute_bytes(high[0], high[kWords - 1], s);
-      a[2 * half] = permute_bytes(l, h, 0x5140), a[2 * half + 1] = permute_bytes(l, h, 0x7362);
-    }
-  }
-};
-
-// Makes A operands, two fragments at a time. Where `Mixed`, some fragments take their values from
-// registers: that costs more instructions and no shared memory, which alone would not keep up with
-// the stream at 3 and 2 bits. Tables of pairs cannot be mixed.
-template <int Bits, bool Mixed>
 struct Decoder {
   uint32_t lane_table;
-  RegisterTable<Bits> registers;
 
-  __device__ __forceinline__ void init(uint32_t table, const void* global_table, int lane) {
-    // At 2 bits a row is 16 copies of two pairs: lanes l and l + 16 read in different passes.
-    lane_table = table + (Bits == 2 ? lane % 16 * 8 : lane * 4);
-    if constexpr (Mixed) registers.load(global_table);
-  }
+  __device__ __forceinline__ Decoder(uint32_t table, int lane)
+      // At 2 bits a row is 16 copies of two pairs: lanes l and l + 16 read in different passes.
+      : lane_table(table + (Bits == 2 ? lane % 16 * 8 : lane * 4)) {}
 
   // Fragments 2 * p and 2 * p + 1.
   __device__ __forceinline__ void decode(uint32_t (&even)[4], uint32_t (&odd)[4],
                                          const Codes<Bits>& codes, int p) const {
     if constexpr (Bits == 2) {
-      if (Mixed && p == 3) {
-        registers.decode(even, codes.word[p]);
-        registers.decode(odd, codes.word[p] >> 2);
-      } else {
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const uint2 both = load_table2(address(codes.word[p], j));
-          even[j] = both.x, odd[j] = both.y;
-        }
+      for (int j = 0; j < 4; j++) {
+        const uint2 both = load_table2(address(codes.word[p], j));
+        even[j] = both.x, odd[j] = both.y;
       }
     } else {
-      from_table(even, codes.nibbles(2 * p));
-      if (Mixed && p == 3)
-        registers.decode(odd, codes.nibbles(2 * p + 1));
-      else
-        from_table(odd, codes.nibbles(2 * p + 1));
+      const uint32_t first = codes.nibbles(2 * p), second = codes.nibbles(2 * p + 1);
+#pragma unroll
+      for (int j = 0; j < 4; j++) even[j] = load_table(address(first, j));
+#pragma unroll
+      for (int j = 0; j < 4; j++) odd[j] = load_table(address(second, j));
     }
   }
 
  private:
-  __device__ __forceinline__ void from_table(uint32_t (&a)[4], uint32_t nibbles) const {
-#pragma unroll
-    for (int j = 0; j < 4; j++) a[j] = load_table(address(nibbles, j));
-  }
   // The table entry that byte j of a nibble word names.
   __device__ __forceinline__ uint32_t address(uint32_t nibbles, int j) const {
     if constexpr (kWideTable) return permute_bytes(nibbles, lane_table, 0x7604 | j << 4);
