@@ -237,7 +237,7 @@ def heuristic(problem: Problem, device: Device) -> Config:
 
 @functools.cache
 def measured(device_name: str, folder: Path = CONFIG_FOLDER) -> Mapping[str, list[int]]:
-    """Entries of ``<device>.json``: "n,k,width,bits" -> row_tiles, row_warps, splits, slots."""
+    """Entries of ``<device>.json``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots]."""
     path = folder / f"{device_name}.json"
     return json.loads(path.read_text())["decode"] if path.is_file() else {}
 
@@ -253,9 +253,11 @@ def select(
     choices = []
     if text := environment.get(ENVIRONMENT):
         choices.append([int(number) for number in text.split(",")])
-    key = f"{problem.n},{problem.k},{problem.width},{problem.bits}"
+    # What is best depends little on the bit width: entries for 4 bits serve the others.
+    entries = measured(device.name)
+    keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
     if len(problem.part_tiles) == 1 or all(rows % TILE_ROWS == 0 for rows in problem.parts):
-        choices.append(measured(device.name).get(key))
+        choices.append(entries.get(keys[0], entries.get(keys[1])))
     for numbers in choices:
         if numbers:
             config = complete(problem, Config(*numbers), device)
