@@ -1,0 +1,137 @@
+"""The CUDA kernels through ctypes: the same C functions that the torch ops call.
+
+For benchmarks and checks that must reach a launch's configuration. The library is any shared object
+that exports ``launch.h``: the package's extension, or one built by ``nvcc -shared kernels/cuda/*.cu``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from flute_vllm import format as flute_format
+from flute_vllm import tuning
+
+MAX_PARTS = 16
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("n", "k", "bits", "group_size", "dtype")),
+        ("pair_table", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
+        ("part_rows", ctypes.c_int32 * MAX_PARTS),
+    ]
+
+
+class DecodeConfig(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("row_tiles", "row_warps", "splits", "slots", "overlap")
+    ]
+
+
+def device() -> tuning.Device:
+    properties = torch.cuda.get_device_properties(0)
+    return tuning.Device(
+        "h200" if "H200" in properties.name else properties.name,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.major * 10 + properties.minor,
+    )
+
+
+@dataclass
+class Layer:
+    """A layer in the canonical format and in the internal layout."""
+
+    matrix: Matrix
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    table: torch.Tensor  # [parts, ...]
+    records: torch.Tensor
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        sizes = self.matrix.part_rows[: self.matrix.parts]
+        parts = zip(self.qweight.split(sizes), self.scales.split(sizes), self.table, strict=True)
+        return torch.cat(
+            [flute_format.dequantize(q, s, t, self.matrix.bits, dtype) for q, s, t in parts]
+        )
+
+
+class Library:
+    def __init__(self, path: str) -> None:
+        torch.cuda.init()
+        self.c = ctypes.CDLL(path)
+        self.c.flute_record_words.restype = ctypes.c_int64
+        self.c.flute_error_text.restype = ctypes.c_char_p
+
+    def _call(self, function, matrix: Matrix, *arguments) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        pointers = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments
+        ]
+        error = function(ctypes.byref(matrix), *pointers, stream)
+        if error:
+            raise RuntimeError(self.c.flute_error_text(error).decode())
+
+    def random_layer(
+        self,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+        *,
+        pair: bool = False,
+        parts: tuple[int, ...] = (),
+        seed: int = 0,
+    ) -> Layer:
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+        parts = parts or (n,)
+        groups = 1 if group_size < 0 else k // group_size
+        # Every word is a legal run of codes, at each bit width.
+        words = torch.randint(
+            -(2**31),
+            2**31,
+            (n, k // 32 * bits),
+            dtype=torch.int64,
+            device="cuda",
+            generator=generator,
+        )
+        scales = torch.rand(n, groups, device="cuda", generator=generator) * 0.02 + 0.01
+        shape = (len(parts), 4**bits, 2) if pair else (len(parts), 2**bits)
+        table = torch.randn(shape, device="cuda", generator=generator)
+        is_bfloat16, rows = int(dtype == torch.bfloat16), (ctypes.c_int32 * MAX_PARTS)(*parts)
+        matrix = Matrix(n, k, bits, group_size, is_bfloat16, int(pair), len(parts), rows)
+        size = self.c.flute_record_words(ctypes.byref(matrix))
+        if size < 0:
+            raise RuntimeError(f"no internal layout for {n} x {k}")
+        records = torch.empty(size, dtype=torch.int32, device="cuda")
+        layer = Layer(matrix, words.to(torch.int32), scales.to(dtype), table.to(dtype), records)
+        self._call(self.c.flute_repack, matrix, layer.qweight, layer.scales, records)
+        return layer
+
+    def dequantize(self, layer: Layer) -> torch.Tensor:
+        shape, dtype = (layer.matrix.n, layer.matrix.k), layer.scales.dtype
+        w = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        self._call(self.c.flute_dequantize, layer.matrix, layer.records, layer.table, w)
+        return w
+
+    def decode(
+        self,
+        layer: Layer,
+        config: tuning.Config,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        records: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``records`` replaces those of the layer: a copy, in rotation."""
+        c = DecodeConfig(
+            config.row_tiles, config.row_warps, config.splits, config.slots, config.overlap
+        )
+        records = layer.records if records is None else records
+        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y)
+        self._call(self.c.flute_decode, layer.matrix, *arguments)
+        return y

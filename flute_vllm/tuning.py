@@ -1,0 +1,281 @@
+"""How a decode launch is cut: problem -> config -> launch, pure functions of what is known at load.
+
+The kernel (``kernels/cuda/decode.cuh``) computes ``y[M, N] = x[M, K] w[N, K]^T`` for M <= 32. A
+config says how many 16-row tiles a block takes, how its 16 warps divide them, and over how many
+blocks of a cluster k is split. Nothing here looks at a tensor or a clock, so the choice is the same
+before, during and after CUDA graph capture.
+
+Order of precedence: the environment variable ``FLUTE_DECODE_CONFIG``, a measured entry of
+``configs/tuning/<device>.json``, the heuristic.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flute_vllm.errors import FluteError
+
+TILE_ROWS, TILE_K = 16, 128
+WARPS = 16
+MAX_ROWS = 32  # of x
+MAX_SLOTS = 16
+BUCKETS = (8, 16, 32)  # largest M of each compiled width
+X_ROW_BYTES = 2 * TILE_K + 16
+ENVIRONMENT = "FLUTE_DECODE_CONFIG"
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "tuning"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on. ``clusters[s]``: clusters of s blocks that run at once."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int  # a block's limit
+    capability: int  # 80, 90, ...
+
+    @property
+    def wide_table(self) -> bool:
+        return self.capability in (80, 87) or 90 <= self.capability < 120
+
+    def blocks_at_once(self, splits: int) -> int:
+        # Multiprocessors come in groups of up to 18; clusters of 4 leave some of them idle.
+        clusters = self.multiprocessors // splits
+        return (clusters if splits <= 2 else clusters * 10 // 11) * splits
+
+
+H200 = Device("h200", 132, 232448, 90)
+
+
+@dataclass(frozen=True)
+class Problem:
+    n: int
+    k: int
+    m: int
+    bits: int
+    group_size: int
+    parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n <= 0 or self.k <= 0 or self.k % 32 or not 1 <= self.m <= MAX_ROWS:
+            raise FluteError(
+                f"no decode launch for m {self.m}, n {self.n}, k {self.k}",
+                where="tuning.Problem",
+                why="m must be 1..32, n positive, k a positive multiple of 32",
+                fix="use the dequantizing path",
+            )
+
+    @property
+    def part_tiles(self) -> tuple[int, ...]:
+        return tuple(math.ceil(rows / TILE_ROWS) for rows in (self.parts or (self.n,)))
+
+    @property
+    def k_tiles(self) -> int:
+        return math.ceil(self.k / TILE_K)
+
+    @property
+    def width(self) -> int:
+        return next(bucket for bucket in BUCKETS if self.m <= bucket)
+
+    @property
+    def groups(self) -> int:
+        return TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
+
+    @property
+    def record_bytes(self) -> int:
+        return TILE_ROWS * TILE_K * self.bits // 8 + 2 * TILE_ROWS * self.groups
+
+    @property
+    def depth(self) -> int:
+        """k tiles of one request."""
+        return 2 if self.width == 8 else 1
+
+
+@dataclass(frozen=True)
+class Config:
+    row_tiles: int
+    row_warps: int = 1
+    splits: int = 1
+    slots: int = 0  # 0: chosen here, in `complete`
+    overlap: int = 0  # see FluteDecodeConfig
+
+    @property
+    def rows_each(self) -> int:
+        return math.ceil(self.row_tiles / self.row_warps)
+
+    @property
+    def k_warps(self) -> int:
+        return WARPS // self.row_warps
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The launch that the C++ side makes of a config; here to be checked without a GPU."""
+
+    blocks: int
+    shared_bytes: int
+    cluster: int
+
+
+def max_rows_each(width: int) -> int:
+    """Row tiles that one warp can accumulate in registers."""
+    return {8: 8, 16: 4, 32: 2}[width]
+
+
+def shared_bytes(problem: Problem, config: Config, device: Device) -> int:
+    """As plan_shared in decode_launch.cuh."""
+    partial = config.rows_each * problem.width * 20 * 4
+    region = max(config.slots * problem.depth * problem.record_bytes, partial)
+    before = (0x10000 if device.wide_table else 0x8000) - 1024
+    table = 256 * (256 if device.wide_table else 128)
+    x = config.k_warps * problem.depth * problem.m * X_ROW_BYTES
+    first, high = WARPS * (MAX_SLOTS + 1) * 8 + X_ROW_BYTES, before + table
+    if first + x <= before:
+        first += x
+    else:
+        high += x
+    low = min(WARPS, (before - first) // region)
+    return high + (WARPS - low) * region
+
+
+def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
+    """The launch of a config, or None where it is not legal."""
+    splits_fit = config.splits in (1, 2, 4, 8) and (config.splits == 1 or device.capability >= 90)
+    least_slots = config.rows_each + 1 if problem.width == 32 else 1
+    sums = config.row_tiles * TILE_ROWS * problem.m * 4 if config.splits > 1 else 0
+    table = 256 * (256 if device.wide_table else 128)
+    if (
+        config.row_tiles < 1
+        or config.row_tiles > 128
+        or config.row_warps not in (1, 2, 4, 8, 16)
+        or config.rows_each > max_rows_each(problem.width)
+        or not splits_fit
+        or not least_slots <= config.slots <= MAX_SLOTS
+        or sums > table
+        or shared_bytes(problem, config, device) > device.shared_bytes
+    ):
+        return None
+    blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
+    return Launch(
+        blocks * config.splits, shared_bytes(problem, config, device), config.splits
+    )
+
+
+def complete(problem: Problem, config: Config, device: Device) -> Config | None:
+    """Fills in ``slots``: 68 KiB in flight a block, or what fits; None where nothing does."""
+    least = config.rows_each + 1 if problem.width == 32 else 1
+    wanted = config.slots or 68 * 1024 // (WARPS * problem.depth * problem.record_bytes)
+    for slots in range(max(min(wanted, MAX_SLOTS), least), least - 1, -1):
+        full = replace(config, slots=slots)
+        if launch(problem, full, device) is not None:
+            return full
+    return None
+
+
+def candidates(problem: Problem, device: Device) -> Iterator[Config]:
+    tiles = sum(problem.part_tiles)
+    for splits in (1, 2, 4) if device.capability >= 90 else (1,):
+        if splits > problem.k_tiles:
+            continue
+        for waves in (1, 2, 3, 4):
+            row_tiles = math.ceil(tiles * splits / (device.blocks_at_once(splits) * waves))
+            for row_warps in (1, 2, 4, 8, 16):
+                config = Config(row_tiles, row_warps, splits)
+                if config.rows_each <= max_rows_each(problem.width):
+                    yield config
+    # Always legal: the smallest block.
+    for row_warps in (1, 2, 4, 8, 16):
+        yield Config(1, row_warps, 1)
+
+
+def efficiency(problem: Problem, config: Config, device: Device) -> float:
+    """Expected share of the device that works, times what the shape of a block costs.
+
+    The weights are fitted to one sweep on an H200 (benchmarks/NOTES.md); all of them together
+    matter less than the three counts: blocks per wave, rows per warp, k tiles per warp.
+    """
+    blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
+    at_once = device.blocks_at_once(config.splits)
+    waves = math.ceil(blocks * config.splits / at_once)
+    busy = sum(problem.part_tiles) / config.row_tiles * config.splits / (waves * at_once)
+    k_each = problem.k_tiles / config.splits / config.k_warps
+    k_even = k_each / math.ceil(k_each)
+    rows_even = config.row_tiles / (config.rows_each * config.row_warps)
+    # Each warp loads x from shared memory once for its row tiles, each block from L2 for its own.
+    x_loads = {8: 0.07, 16: 0.15, 32: 0.3}[problem.width] / config.rows_each
+    x_reads = 0.03 * problem.m / config.row_tiles
+    cost = (
+        {1: 1.0, 2: 0.98, 4: 0.9}[config.splits]
+        - 0.03 * (waves - 1)
+        - 0.01 * math.log2(config.row_warps)
+    )
+    return busy * k_even * rows_even**0.4 * max(cost, 0.1) / (1 + x_loads + x_reads)
+
+
+def heuristic(problem: Problem, device: Device) -> Config:
+    legal = (complete(problem, config, device) for config in candidates(problem, device))
+    best = max(
+        (config for config in legal if config is not None),
+        key=lambda config: efficiency(problem, config, device),
+        default=None,
+    )
+    if best is None:
+        raise FluteError(
+            f"no decode launch fits {device.name}",
+            where="tuning.heuristic",
+            why=f"{device.shared_bytes} bytes of shared memory are too few",
+            fix="use the dequantizing path",
+        )
+    return best
+
+
+@functools.cache
+def measured(device_name: str, folder: Path = CONFIG_FOLDER) -> Mapping[str, list[int]]:
+    """Entries of ``<device>.json``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots]."""
+    path = folder / f"{device_name}.json"
+    return json.loads(path.read_text())["decode"] if path.is_file() else {}
+
+
+def select(
+    problem: Problem,
+    device: Device,
+    *,
+    overlap: int = 0,
+    environment: Mapping[str, str] = os.environ,
+) -> Config:
+    """The config of a problem. An override that is not legal for it is passed over."""
+    choices = []
+    if text := environment.get(ENVIRONMENT):
+        choices.append([int(number) for number in text.split(",")])
+    # What is best depends little on the bit width: entries for 4 bits serve the others.
+    entries = measured(device.name)
+    keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
+    if len(problem.part_tiles) == 1 or all(rows % TILE_ROWS == 0 for rows in problem.parts):
+        choices.append(entries.get(keys[0], entries.get(keys[1])))
+    for numbers in choices:
+        if numbers:
+            config = complete(problem, Config(*numbers), device)
+            if config is not None:
+                return replace(config, overlap=config.overlap or overlap)
+    return replace(heuristic(problem, device), overlap=overlap)
+
+
+def plan(
+    n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
+    *, overlap: int = 0,
+) -> list[int]:  # fmt: skip
+    """Five numbers of FluteDecodeConfig for each of BUCKETS: the constant of a layer."""
+    numbers: list[int] = []
+    for m in BUCKETS:
+        problem = Problem(n, k, m, bits, group_size, parts)
+        config = select(problem, device, overlap=overlap)
+        numbers += [
+            config.row_tiles, config.row_warps, config.splits, config.slots, config.overlap,
+        ]  # fmt: skip
+    return numbers

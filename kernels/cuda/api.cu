@@ -1,0 +1,35 @@
+// The entry of the decode kernels, and the text of errors.
+#include <cuda_runtime.h>
+
+#include "decode_launch.cuh"
+
+extern "C" {
+
+int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
+                 const void* x, const void* records, const void* table, void* y, void* stream) {
+  if (flute_record_words(matrix) < 0 || m < 1 || m > FLUTE_MAX_M ||
+      reinterpret_cast<uintptr_t>(x) % 16)
+    return flute::kBadShape;
+  auto* s = static_cast<cudaStream_t>(stream);
+  switch (matrix->bits) {
+    case 4:
+      return flute::decode_w4(*matrix, *config, m, x, records, table, y, s);
+    case 3:
+      return flute::decode_w3(*matrix, *config, m, x, records, table, y, s);
+    case 2:
+      return flute::decode_w2(*matrix, *config, m, x, records, table, y, s);
+  }
+  return flute::kBadShape;
+}
+
+const char* flute_error_text(int error) {
+  switch (error) {
+    case flute::kBadShape:
+      return "shape, dtype, bits or group size outside the format";
+    case flute::kBadConfig:
+      return "launch configuration not possible on this device";
+  }
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+}  // extern "C"

@@ -1,0 +1,162 @@
+// From codes to tensor-core operands through a table.
+//
+// A 16-bit table of values becomes a table of pairs in shared memory, so one 4-byte load makes two
+// weights: exactly one A register. Entry i is repeated in 32 words, one for each bank; lane l reads
+// only bank l, so no access conflicts whatever the codes are. Shared memory delivers 64 weights a
+// clock this way; streaming 4.4 TB/s takes 34 (4 bits), 45 (3 bits) or 67 (2 bits) of an H200 SM.
+//
+// Rows of 256 bytes at a multiple of 64 KiB make the index a byte of the address: one PRMT both
+// extracts it and adds the lane's offset. With shifts and masks instead, a 4-bit tile took 176
+// instructions rather than 130, and instruction issue, not memory, was the limit (NOTES.md).
+#pragma once
+
+#include "layout.cuh"
+#include "ptx.cuh"
+
+namespace flute {
+
+constexpr int kTableEntries = 256;
+
+// Wide rows need 128 KiB of shared memory; sm_86, sm_89 and sm_120 have 100.
+__host__ __device__ constexpr bool has_wide_table(int arch) {
+  return arch == 80 || arch == 87 || (arch >= 90 && arch < 120);
+}
+#ifdef __CUDA_ARCH__
+constexpr bool kWideTable = has_wide_table(__CUDA_ARCH__ / 10);
+#else
+constexpr bool kWideTable = true;  // host code asks has_wide_table
+#endif
+// The index is bits 8..15 of a wide table's address, 7..14 of a narrow one's: free in its start.
+__host__ __device__ constexpr uint32_t table_alignment(bool wide) { return wide ? 0x10000 : 0x8000; }
+__host__ __device__ constexpr int table_row(bool wide) { return wide ? 256 : 128; }
+__host__ __device__ constexpr int table_bytes(bool wide) { return kTableEntries * table_row(wide); }
+
+// The two values of a table entry, on their way: not touched before they are needed.
+struct TablePair {
+  uint32_t low, high;
+  __device__ __forceinline__ void load(const void* table, bool pairs, int bits, uint32_t first,
+                                       uint32_t second) {
+    const uint16_t* values = static_cast<const uint16_t*>(table);
+    const uint32_t at = 2 * (first << bits | second);
+    low = __ldg(values + (pairs ? at : first));
+    high = __ldg(values + (pairs ? at + 1 : second));
+  }
+  __device__ __forceinline__ uint32_t word() const { return low | high << 16; }
+};
+
+// Writes the shared table, all threads together, from a part's global table. In two steps, so that
+// other requests can be made while the global loads are under way.
+template <int Bits, int Threads>
+struct TableFill {
+  static constexpr int kStores = kTableEntries * 8 / Threads;
+  TablePair first[kStores], second[Bits == 2 ? kStores : 1];
+
+  __device__ __forceinline__ void load(const void* table, bool pairs) {
+#pragma unroll
+    for (int i = 0; i < kStores; i++) {
+      const uint32_t index = (threadIdx.x + i * Threads) / 8;
+      // Low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
+      // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte
+      // holds the pairs of two fragments.
+      if constexpr (Bits == 2) {
+        first[i].load(table, pairs, 2, index & 3, index >> 4 & 3);
+        second[i].load(table, pairs, 2, index >> 2 & 3, index >> 6);
+      } else {
+        constexpr uint32_t kCode = (1u << Bits) - 1;
+        first[i].load(table, pairs, Bits, index & kCode, index >> 4 & kCode);
+      }
+    }
+  }
+  // A 16-byte store repeats an entry; eight lanes write a row.
+  __device__ __forceinline__ void store(uint32_t to) const {
+#pragma unroll
+    for (int i = 0; i < kStores; i++) {
+      const uint32_t at = threadIdx.x + i * Threads;
+      const uint32_t even = first[i].word(), odd = Bits == 2 ? second[Bits == 2 ? i : 0].word() : even;
+      store_shared4(to + at / 8 * table_row(kWideTable) + at % 8 * 16,
+                    make_uint4(even, odd, even, odd));
+    }
+  }
+};
+
+// The codes of one tile that a lane holds, read from a record in shared memory.
+template <int Bits>
+struct Codes;
+
+template <>
+struct Codes<4> {
+  uint32_t word[8];
+  __device__ __forceinline__ void load(uint32_t record, int lane) {
+#pragma unroll
+    for (int v = 0; v < 2; v++) {
+      const uint4 q = load_shared4(record + v * 512 + lane * 16);
+      word[4 * v] = q.x, word[4 * v + 1] = q.y, word[4 * v + 2] = q.z, word[4 * v + 3] = q.w;
+    }
+  }
+  __device__ __forceinline__ uint32_t nibbles(int f) const { return word[f]; }
+};
+
+template <>
+struct Codes<2> {
+  uint32_t word[4];
+  __device__ __forceinline__ void load(uint32_t record, int lane) {
+    const uint4 q = load_shared4(record + lane * 16);
+    word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
+  }
+};
+
+template <>
+struct Codes<3> {
+  uint32_t low[4], high[2];
+  __device__ __forceinline__ void load(uint32_t record, int lane) {
+    const uint4 q = load_shared4(record + lane * 16);
+    const uint2 h = load_shared2(record + 512 + lane * 8);
+    low[0] = q.x, low[1] = q.y, low[2] = q.z, low[3] = q.w, high[0] = h.x, high[1] = h.y;
+  }
+  // bit 3 of each nibble is another fragment's
+  __device__ __forceinline__ uint32_t nibbles(int f) const {
+    const uint32_t l = f & 1 ? low[f / 2] >> 2 : low[f / 2];
+    const uint32_t h = high[f / 4];
+    const int i = f & 3;
+    const uint32_t placed = i == 0 ? h << 2 : i == 1 ? h << 1 : i == 2 ? h : h >> 1;
+    return select_bits(l, placed, 0x33333333u);
+  }
+};
+
+// Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead, to
+// relieve shared memory, gained nothing at any bit width (NOTES.md).
+template <int Bits>
+struct Decoder {
+  uint32_t lane_table;
+
+  __device__ __forceinline__ Decoder(uint32_t table, int lane)
+      // At 2 bits a row is 16 copies of two pairs: lanes l and l + 16 read in different passes.
+      : lane_table(table + (Bits == 2 ? lane % 16 * 8 : lane * 4)) {}
+
+  // Fragments 2 * p and 2 * p + 1.
+  __device__ __forceinline__ void decode(uint32_t (&even)[4], uint32_t (&odd)[4],
+                                         const Codes<Bits>& codes, int p) const {
+    if constexpr (Bits == 2) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const uint2 both = load_table2(address(codes.word[p], j));
+        even[j] = both.x, odd[j] = both.y;
+      }
+    } else {
+      const uint32_t first = codes.nibbles(2 * p), second = codes.nibbles(2 * p + 1);
+#pragma unroll
+      for (int j = 0; j < 4; j++) even[j] = load_table(address(first, j));
+#pragma unroll
+      for (int j = 0; j < 4; j++) odd[j] = load_table(address(second, j));
+    }
+  }
+
+ private:
+  // The table entry that byte j of a nibble word names.
+  __device__ __forceinline__ uint32_t address(uint32_t nibbles, int j) const {
+    if constexpr (kWideTable) return permute_bytes(nibbles, lane_table, 0x7604 | j << 4);
+    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), 0x7f80, lane_table);
+  }
+};
+
+}  // namespace flute

@@ -1,0 +1,172 @@
+// Canonical tensors to the internal layout, and back to dense weights.
+#include <cuda_runtime.h>
+
+#include "errors.h"
+#include "layout.cuh"
+#include "ptx.cuh"
+
+namespace flute {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Code k of a row of the canonical little-endian bit stream.
+__device__ __forceinline__ uint32_t canonical_code(const uint32_t* row, int bits, int k) {
+  const int start = k * bits, word = start / 32, shift = start % 32;
+  uint32_t value = row[word] >> shift;
+  if (shift + bits > 32) value |= row[word + 1] << (32 - shift);
+  return value & ((1u << bits) - 1);
+}
+
+// One block writes one record, bit by bit in shared memory: this runs once, at load, and leaves all
+// knowledge of the layout in `code_bit`.
+__global__ void __launch_bounds__(kThreads)
+    repack_kernel(const uint32_t* qweight, const uint16_t* scales, uint32_t* records, int k,
+                  int bits, int group_size, int groups, int k_tiles, Parts parts) {
+  __shared__ uint32_t record[record_bytes(4, 4) / 4];
+  const int tile = blockIdx.x / k_tiles, k_tile = blockIdx.x % k_tiles;
+  const int words = record_bytes(bits, groups) / 4;
+  const int part = parts.part_of_tile(tile);
+  const int first_row = parts.row[part] + (tile - parts.tile[part]) * kTileRows;
+  const int end_row = parts.row[part + 1];
+  const int64_t row_words = static_cast<int64_t>(k) / 32 * bits;
+  const int row_groups = group_size > 0 ? k / group_size : 1;
+
+  for (int i = threadIdx.x; i < words; i += kThreads) record[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < 32 * kFragments * 8; i += kThreads) {
+    const int lane = i / (kFragments * 8), fragment = i / 8 % kFragments, nibble = i % 8;
+    const int row = first_row + code_row(lane, nibble);
+    const int column = k_tile * kTileK + code_column(lane, fragment, nibble);
+    if (row >= end_row || column >= k) continue;
+    const uint32_t code = canonical_code(qweight + row * row_words, bits, column);
+    for (int b = 0; b < bits; b++) {
+      const int bit = code_bit(bits, lane, fragment, nibble, b);
+      if (code >> b & 1) atomicOr(&record[bit / 32], 1u << (bit % 32));
+    }
+  }
+  uint16_t* record_scales = reinterpret_cast<uint16_t*>(record + code_bytes(bits) / 4);
+  for (int i = threadIdx.x; i < kTileRows * groups; i += kThreads) {
+    const int row = first_row + i / groups, group = i % groups;
+    const int column = k_tile * kTileK + group * (kTileK / groups);
+    if (row >= end_row || column >= k) continue;
+    const int at = group_size > 0 ? column / group_size : 0;
+    record_scales[scale_index(groups, i / groups, group)] =
+        scales[static_cast<int64_t>(row) * row_groups + at];
+  }
+  __syncthreads();
+  uint32_t* to = records + static_cast<int64_t>(blockIdx.x) * words;
+  for (int i = threadIdx.x; i < words; i += kThreads) to[i] = record[i];
+}
+
+// One block writes a 16 x 128 tile of dense weights, each a pair of columns a thread.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const uint32_t* records, const uint16_t* table, T* w, int k, int bits,
+                      int groups, int k_tiles, bool pairs, Parts parts) {
+  __shared__ uint32_t record[record_bytes(4, 4) / 4];
+  __shared__ float2 pair_values[256];
+  const int tile = blockIdx.x / k_tiles, k_tile = blockIdx.x % k_tiles;
+  const int words = record_bytes(bits, groups) / 4;
+  const int part = parts.part_of_tile(tile);
+  const int first_row = parts.row[part] + (tile - parts.tile[part]) * kTileRows;
+  const int rows = min(kTileRows, parts.row[part + 1] - first_row);
+
+  const uint32_t* from = records + static_cast<int64_t>(blockIdx.x) * words;
+  for (int i = threadIdx.x; i < words; i += kThreads) record[i] = __ldg(from + i);
+  const int codes = 1 << bits;
+  table += part * (pairs ? 2 * codes * codes : codes);
+  for (int i = threadIdx.x; i < codes * codes; i += kThreads) {
+    const uint32_t first = table[pairs ? 2 * i : i / codes];
+    const uint32_t second = table[pairs ? 2 * i + 1 : i % codes];
+    pair_values[i] = widen<T>(first | second << 16);
+  }
+  __syncthreads();
+  const T* scales = reinterpret_cast<const T*>(record + code_bytes(bits) / 4);
+  for (int i = threadIdx.x; i < rows * (kTileK / 2); i += kThreads) {
+    const int row = i / (kTileK / 2), column = i % (kTileK / 2) * 2;
+    const int at = k_tile * kTileK + column;
+    if (at >= k) continue;
+    const int lane = row % 8 * 4 + column % 8 / 2, fragment = column / 16;
+    const int nibble = (column % 16 / 8) * 4 + (row / 8) * 2;
+    uint32_t code[2] = {0, 0};
+    for (int e = 0; e < 2; e++)
+      for (int b = 0; b < bits; b++) {
+        const int bit = code_bit(bits, lane, fragment, nibble + e, b);
+        code[e] |= (record[bit / 32] >> (bit % 32) & 1) << b;
+      }
+    const float2 value = pair_values[code[0] * codes + code[1]];
+    const float scale =
+        static_cast<float>(scales[scale_index(groups, row, column * groups / kTileK)]);
+    T* to = w + static_cast<int64_t>(first_row + row) * k + at;
+    T two[2] = {narrow<T>(value.x * scale), narrow<T>(value.y * scale)};
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(two);
+  }
+}
+
+int check(const FluteMatrix& m) {
+  const bool group = m.group_size == -1 || m.group_size == 32 || m.group_size == 64 ||
+                     m.group_size == 128 || m.group_size == 256;
+  if (m.n <= 0 || m.k <= 0 || m.k % 32 || m.bits < 2 || m.bits > 4 || !group || m.parts < 1 ||
+      m.parts > FLUTE_MAX_PARTS || (m.group_size > 0 && m.k % m.group_size) ||
+      (m.dtype != FLUTE_FLOAT16 && m.dtype != FLUTE_BFLOAT16))
+    return kBadShape;
+  int64_t rows = 0;
+  for (int i = 0; i < m.parts; i++) {
+    if (m.part_rows[i] <= 0) return kBadShape;
+    rows += m.part_rows[i];
+  }
+  return rows == m.n ? 0 : kBadShape;
+}
+
+}  // namespace
+}  // namespace flute
+
+namespace flute {
+namespace {
+
+template <typename T>
+cudaError_t dequantize(const FluteMatrix& m, const void* records, const void* table, void* w,
+                       cudaStream_t stream) {
+  const Parts parts(m);
+  const int k_tiles = ceil_div(m.k, kTileK);
+  dequantize_kernel<T><<<parts.tiles() * k_tiles, kThreads, 0, stream>>>(
+      static_cast<const uint32_t*>(records), static_cast<const uint16_t*>(table),
+      static_cast<T*>(w), m.k, m.bits, groups_in_tile(m.group_size), k_tiles, m.pair_table != 0,
+      parts);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace flute
+
+extern "C" {
+
+int64_t flute_record_words(const FluteMatrix* m) {
+  if (flute::check(*m)) return -1;
+  return static_cast<int64_t>(flute::Parts(*m).tiles()) * flute::ceil_div(m->k, flute::kTileK) *
+         (flute::record_bytes(m->bits, flute::groups_in_tile(m->group_size)) / 4);
+}
+
+int flute_repack(const FluteMatrix* m, const void* qweight, const void* scales, void* records,
+                 void* stream) {
+  if (int error = flute::check(*m)) return error;
+  const flute::Parts parts(*m);
+  const int k_tiles = flute::ceil_div(m->k, flute::kTileK);
+  flute::repack_kernel<<<parts.tiles() * k_tiles, flute::kThreads, 0,
+                         static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const uint32_t*>(qweight), static_cast<const uint16_t*>(scales),
+      static_cast<uint32_t*>(records), m->k, m->bits, m->group_size,
+      flute::groups_in_tile(m->group_size), k_tiles, parts);
+  return cudaGetLastError();
+}
+
+int flute_dequantize(const FluteMatrix* m, const void* records, const void* table, void* w,
+                     void* stream) {
+  if (int error = flute::check(*m)) return error;
+  auto* s = static_cast<cudaStream_t>(stream);
+  return m->dtype == FLUTE_BFLOAT16 ? flute::dequantize<__nv_bfloat16>(*m, records, table, w, s)
+                                    : flute::dequantize<__half>(*m, records, table, w, s);
+}
+
+}  // extern "C"

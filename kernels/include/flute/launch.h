@@ -1,0 +1,61 @@
+// What the CUDA side offers: plain C, no torch, no exceptions. Every function returns 0 or an error
+// that flute_error_text turns into words. Pointers are device pointers unless said otherwise.
+#ifndef FLUTE_LAUNCH_H_
+#define FLUTE_LAUNCH_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLUTE_API __attribute__((visibility("default")))
+#define FLUTE_MAX_PARTS 16
+#define FLUTE_MAX_M 32
+
+enum { FLUTE_FLOAT16 = 0, FLUTE_BFLOAT16 = 1 };
+
+// One quantized matrix [n, k]; the parts of a fused matrix follow one another along n.
+typedef struct {
+  int32_t n, k;
+  int32_t bits;          // 2, 3, 4
+  int32_t group_size;    // 32, 64, 128, 256, or -1: one scale per row
+  int32_t dtype;         // of x, y, scales and table
+  int32_t pair_table;    // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2]
+  int32_t parts;         // 1 .. FLUTE_MAX_PARTS
+  int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
+} FluteMatrix;
+
+// How a decode launch is cut; flute_vllm/tuning.py chooses it.
+typedef struct {
+  int32_t row_tiles;  // 16-row tiles that one block computes
+  int32_t row_warps;  // groups of a block's 16 warps that share these tiles: 1, 2, 4, 8, 16; within
+                      // a group the warps split k
+  int32_t splits;     // blocks of a cluster that split k: 1, 2, 4 or 8
+  int32_t slots;      // requests in flight per warp; 0: as many as serve
+  int32_t overlap;    // 0: start after the previous kernel. n > 0: programmatic dependent launch
+                      // with n of the slots requested before the previous kernel has finished
+} FluteDecodeConfig;
+
+// Words (int32) of the internal layout of a matrix.
+FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
+
+// Canonical qweight int32 [n, k/32*bits] and scales [n, groups] to the internal layout.
+FLUTE_API int flute_repack(const FluteMatrix* matrix, const void* qweight, const void* scales, void* records,
+                 void* stream);
+
+// Internal layout to w [n, k] = round(table[code] * scale).
+FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, const void* table, void* w,
+                     void* stream);
+
+// y [m, n] = x [m, k] * w^T, 1 <= m <= FLUTE_MAX_M. x must be 16-byte aligned and contiguous.
+FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
+                 const void* x, const void* records, const void* table, void* y, void* stream);
+
+FLUTE_API const char* flute_error_text(int error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // FLUTE_LAUNCH_H_

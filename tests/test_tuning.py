@@ -1,0 +1,68 @@
+"""Selection of decode launches: total, legal, pure. Needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from flute_vllm import tuning
+from flute_vllm.errors import FluteError
+
+AMPERE = tuning.Device("a100", 108, 166912, 80)
+ADA = tuning.Device("l40", 142, 101376, 89)
+ROWS = (1, 16, 17, 100, 2560, 4096, 6144, 28672, 57344, 128256)
+COLUMNS = (32, 160, 2048, 4096, 14336, 28672)
+
+
+@pytest.mark.parametrize("device", [tuning.H200, AMPERE, ADA], ids=lambda device: device.name)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_every_problem_gets_a_legal_launch(device, bits):
+    for n, k, m, group in itertools.product(ROWS, COLUMNS, range(1, 33), (32, -1)):
+        problem = tuning.Problem(n, k, m, bits, group)
+        config = tuning.select(problem, device, environment={})
+        launch = tuning.launch(problem, config, device)
+        assert launch is not None, (problem, config)
+        assert launch.shared_bytes <= device.shared_bytes
+        assert launch.blocks % launch.cluster == 0
+
+
+def test_parts_never_share_a_block():
+    problem = tuning.Problem(100, 256, 1, 4, 128, (37, 63))
+    config = tuning.complete(problem, tuning.Config(8), tuning.H200)
+    assert tuning.launch(problem, config, tuning.H200).blocks == 2
+
+
+def test_choice_depends_on_nothing_but_its_arguments():
+    problem = tuning.Problem(28672, 4096, 8, 4, 128)
+    first = tuning.select(problem, tuning.H200, environment={})
+    assert all(tuning.select(problem, tuning.H200, environment={}) == first for _ in range(3))
+
+
+def test_environment_wins_where_it_is_legal():
+    problem = tuning.Problem(4096, 4096, 8, 4, 128)
+    chosen = tuning.select(problem, tuning.H200, environment={tuning.ENVIRONMENT: "4,2,2,3"})
+    assert chosen == tuning.Config(4, 2, 2, 3)
+    passed_over = tuning.select(problem, tuning.H200, environment={tuning.ENVIRONMENT: "999"})
+    assert passed_over == tuning.select(problem, tuning.H200, environment={})
+
+
+def test_measured_entries_are_legal():
+    for key, numbers in tuning.measured("h200").items():
+        n, k, width, bits = (int(number) for number in key.split(","))
+        problem = tuning.Problem(n, k, width, bits, 128)
+        assert tuning.complete(problem, tuning.Config(*numbers), tuning.H200) is not None, key
+
+
+def test_plan_has_five_numbers_for_each_bucket():
+    plan = tuning.plan(4096, 4096, 4, 128, (4096,), tuning.H200, overlap=1)
+    assert len(plan) == 5 * len(tuning.BUCKETS)
+    assert plan[4::5] == [1, 1, 1]
+
+
+def test_problem_outside_the_kernel_is_refused():
+    with pytest.raises(FluteError, match="m must be 1..32"):
+        tuning.Problem(16, 32, 33, 4, 32)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tuning.H200.name = "x"
