@@ -23,9 +23,9 @@ _IN_USE, _BEST = -1, -2
 
 _SCHEMAS = (
     "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
-    "int group_size) -> Tensor",
+    "int group_size, int[] plan=[]) -> Tensor",
     "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
-    "int group_size, ScalarType? dtype=None) -> Tensor",
+    "int group_size, ScalarType? dtype=None, int in_features=0) -> Tensor",
 )
 
 
@@ -125,6 +125,24 @@ def dequantize(
     return torch.ops.flute.dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype)
 
 
+def repack(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    part_sizes: Sequence[int],
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """Canonical CUDA tensors of :func:`gemm` in the layout of the GPU kernels, codes and scales.
+
+    Returns:
+        int32 [words]: ``qweight`` for :func:`gemm`, whose ``scales`` then only tells the dtype.
+        K is padded to 128 and each part to 16 rows. ``kernels/cuda/layout.cuh`` has the layout.
+    """
+    load()
+    return torch.ops.flute.repack(qweight, scales, table, part_sizes, bits, group_size)
+
+
 def cpu_isa(name: str | None = None) -> str:
     """Instruction set of the CPU kernels in use, for this process.
 
@@ -183,13 +201,15 @@ def _no_cuda(*_args: object, **_options: object) -> torch.Tensor:
     )
 
 
-def _fake_gemm(x, qweight, scales, table, part_sizes, bits, group_size):
-    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+def _fake_gemm(x, qweight, scales, table, part_sizes, bits, group_size, plan=()):
+    return x.new_empty((*x.shape[:-1], sum(part_sizes)))
 
 
-def _fake_dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype=None):
-    columns = qweight.shape[1] // bits * fmt.UNIT
-    return qweight.new_empty((qweight.shape[0], columns), dtype=dtype or scales.dtype)
+def _fake_dequantize(
+    qweight, scales, table, part_sizes, bits, group_size, dtype=None, in_features=0
+):
+    columns = in_features or qweight.shape[1] // bits * fmt.UNIT
+    return qweight.new_empty((sum(part_sizes), columns), dtype=dtype or scales.dtype)
 
 
 def _define_reference() -> None:
@@ -199,13 +219,15 @@ def _define_reference() -> None:
     torch.library.impl("flute::dequantize", ("CPU", "CUDA"), _reference_dequantize)
 
 
-def _reference_dequantize(qweight, scales, table, part_sizes, bits, group_size, dtype=None):
+def _reference_dequantize(
+    qweight, scales, table, part_sizes, bits, group_size, dtype=None, in_features=0
+):
     _check_reference(qweight, scales, table, part_sizes, bits, group_size)
     rows = zip(qweight.split(part_sizes), scales.split(part_sizes), table, strict=True)
     return torch.cat([fmt.dequantize(*tensors, bits, dtype) for tensors in rows])
 
 
-def _reference_gemm(x, qweight, scales, table, part_sizes, bits, group_size):
+def _reference_gemm(x, qweight, scales, table, part_sizes, bits, group_size, plan=()):
     weight = _reference_dequantize(qweight, scales, table, part_sizes, bits, group_size)
     if x.shape[-1] != weight.shape[1]:
         raise _misfit("x", f"{list(x.shape)} does not end in the {weight.shape[1]} input features")

@@ -18,8 +18,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flute_vllm.errors import FluteError
+from flute_vllm.resources import data_path
+
+if TYPE_CHECKING:
+    import torch
 
 TILE_ROWS, TILE_K = 16, 128
 WARPS = 16
@@ -28,7 +33,7 @@ MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
 X_ROW_BYTES = 2 * TILE_K + 16
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "tuning"
+CONFIG_FOLDER = data_path("configs", "tuning")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ class Device:
 
 
 H200 = Device("h200", 132, 232448, 90)
+
+
+@functools.cache
+def device_of(place: torch.device) -> Device:
+    """The Device of a CUDA device; its name is that of the file in ``configs/tuning``."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(place)
+    return Device(
+        "h200" if "H200" in properties.name else properties.name,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.major * 10 + properties.minor,
+    )
 
 
 @dataclass(frozen=True)
@@ -162,9 +181,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     ):
         return None
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    return Launch(
-        blocks * config.splits, shared_bytes(problem, config, device), config.splits
-    )
+    return Launch(blocks * config.splits, shared_bytes(problem, config, device), config.splits)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:

@@ -182,10 +182,13 @@ int64_t cpu_isa(int64_t request) {
 STABLE_TORCH_LIBRARY(flute, m) {
   m.def(
       "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
-      "int group_size) -> Tensor");
+      "int group_size, int[] plan=[]) -> Tensor");
   m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
-      "int group_size, ScalarType? dtype=None) -> Tensor");
+      "int group_size, ScalarType? dtype=None, int in_features=0) -> Tensor");
+  m.def(
+      "repack(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
+      "int group_size) -> Tensor");
   m.def("cpu_isa(int request=-1) -> int");
 }
 

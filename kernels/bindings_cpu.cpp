@@ -102,7 +102,8 @@ void dense_gemm(const Weight& weight, const Tensor& x, Dtype dtype, Tensor y) {
 }
 
 Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
-            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size) {
+            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
+            std::vector<int64_t> /*plan: CUDA only*/) {
   const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype dtype = check_input("gemm", x, qweight, weight);
   Tensor y = empty_output(x, weight.n);
@@ -119,7 +120,7 @@ Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const 
 
 Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& table,
                   std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
-                  std::optional<ScalarType> dtype) {
+                  std::optional<ScalarType> dtype, int64_t /*in_features: internal layout only*/) {
   const Weight weight =
       check_weight("dequantize", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype out_dtype = to_dtype("dequantize", "dtype", dtype.value_or(scales.scalar_type()));

@@ -4,8 +4,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+
 #include "bindings.h"
 #include "flute/cuda.h"
+#include "flute/launch.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                              void** ret_stream)
@@ -40,8 +43,127 @@ Tensor dense_weight(const char* op, const Weight& weight, const Tensor& qweight,
   return out;
 }
 
+// --- the internal layout (cuda/layout.cuh): qweight is one run of records, made by `repack` -------
+
+bool is_internal(const Tensor& qweight) {
+  return qweight.dim() == 1;
+}
+
+void check_kernel(const char* op, int error) {
+  FLUTE_CHECK(error == 0, op, "qweight", ("the kernel reports: ", flute_error_text(error)),
+              ("rebuild with FLUTE_CUDA_ARCHS for this GPU, or check the earlier kernels"));
+}
+
+FluteMatrix make_matrix(const char* op, const Tensor& scales, const Tensor& table,
+                        const std::vector<int64_t>& part_sizes, int64_t bits, int64_t group_size,
+                        int64_t k) {
+  FluteMatrix matrix{};
+  FLUTE_CHECK(!part_sizes.empty() && part_sizes.size() <= FLUTE_MAX_PARTS, op, "part_sizes",
+              (part_sizes.size(), " parts; the GPU layout has 1 to ", FLUTE_MAX_PARTS),
+              ("keep the canonical tensors for this layer"));
+  int64_t n = 0;
+  for (const int64_t rows : part_sizes) {
+    FLUTE_CHECK(rows > 0 && n + rows < (int64_t(1) << 31), op, "part_sizes",
+                ("a part has ", rows, " rows"), ("pass the rows of each fused matrix"));
+    matrix.part_rows[matrix.parts++] = int32_t(rows);
+    n += rows;
+  }
+  matrix.n = int32_t(n);
+  matrix.k = int32_t(k);
+  matrix.bits = int32_t(bits);
+  matrix.group_size = int32_t(group_size);
+  matrix.dtype = scales.scalar_type() == ScalarType::BFloat16 ? FLUTE_BFLOAT16 : FLUTE_FLOAT16;
+  matrix.pair_table = table.dim() == 3;
+  return matrix;
+}
+
+FluteMatrix check_records(const char* op, const Tensor& qweight, const Tensor& scales,
+                          const Tensor& table, const std::vector<int64_t>& part_sizes, int64_t bits,
+                          int64_t group_size, int64_t k) {
+  const FluteMatrix matrix = make_matrix(op, scales, table, part_sizes, bits, group_size, k);
+  const int64_t words = flute_record_words(&matrix);
+  FLUTE_CHECK(words == qweight.numel(), op, "qweight",
+              ("the internal layout of ", matrix.n, " x ", k, " at ", bits, " bits has ", words,
+               " words, this tensor ", qweight.numel()),
+              ("pass what flute::repack returned for this layer"));
+  const int64_t entries = int64_t(1) << (matrix.pair_table ? 2 * bits + 1 : bits);
+  FLUTE_CHECK(table.numel() == entries * matrix.parts &&
+                  table.scalar_type() == scales.scalar_type() && table.is_contiguous() &&
+                  table.is_cuda(),
+              op, "table", ("shape ", shape_of(table), " for ", matrix.parts, " parts"),
+              ("stack one table for each part, in the dtype of scales"));
+  return matrix;
+}
+
+Tensor repack(const Tensor& qweight, const Tensor& scales, const Tensor& table,
+              std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size) {
+  const Weight weight =
+      check_weight("repack", qweight, scales, table, part_sizes, bits, group_size);
+  const FluteMatrix matrix =
+      make_matrix("repack", scales, table, part_sizes, bits, group_size, weight.layer.k);
+  const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
+  Tensor records = ts::new_empty(qweight, {flute_record_words(&matrix)});
+  check_kernel("repack", flute_repack(&matrix, qweight.data_ptr(), scales.data_ptr(),
+                                      records.mutable_data_ptr(),
+                                      current_stream(qweight.get_device_index())));
+  return records;
+}
+
+Tensor dense_records(const char* op, const FluteMatrix& matrix, const Tensor& qweight,
+                     const Tensor& scales, const Tensor& table) {
+  Tensor dense = ts::new_empty(scales, {matrix.n, matrix.k});
+  check_kernel(op, flute_dequantize(&matrix, qweight.data_ptr(), table.data_ptr(),
+                                    dense.mutable_data_ptr(),
+                                    current_stream(qweight.get_device_index())));
+  return dense;
+}
+
+// Up to FLUTE_MAX_M rows of x by the decode kernel; `plan` holds a FluteDecodeConfig for each of
+// its widths (flute_vllm/tuning.py: plan). More rows by torch's dense GEMM on the decoded weight.
+Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                    const Tensor& table, const std::vector<int64_t>& part_sizes, int64_t bits,
+                    int64_t group_size, const std::vector<int64_t>& plan) {
+  constexpr std::array<int64_t, 3> kWidths = {8, 16, FLUTE_MAX_M};
+  constexpr size_t kFields = sizeof(FluteDecodeConfig) / sizeof(int32_t);
+  const int64_t k = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
+  FLUTE_CHECK(x.scalar_type() == scales.scalar_type() && x.is_cuda() && k > 0, "gemm", "x",
+              (name_of(x.scalar_type()), " ", shape_of(x), " with scales of ",
+               name_of(scales.scalar_type()), " in the internal layout"),
+              ("convert x, or repack with scales of its dtype"));
+  const FluteMatrix matrix =
+      check_records("gemm", qweight, scales, table, part_sizes, bits, group_size, k);
+  Tensor y = empty_output(x, matrix.n);
+  const int64_t m = x.numel() / k;
+  if (m == 0) return y;
+  const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
+  if (m > FLUTE_MAX_M || plan.empty()) {
+    return ts::matmul(
+        x, ts::transpose(dense_records("gemm", matrix, qweight, scales, table), 0, 1));
+  }
+  FLUTE_CHECK(plan.size() == kFields * kWidths.size(), "gemm", "plan",
+              (plan.size(), " numbers, not ", kFields * kWidths.size()),
+              ("pass what flute_vllm.tuning.plan returns for this layer"));
+  size_t width = 0;
+  while (m > kWidths[width]) ++width;
+  const int64_t* chosen = plan.data() + width * kFields;
+  const FluteDecodeConfig config = {int32_t(chosen[0]), int32_t(chosen[1]), int32_t(chosen[2]),
+                                    int32_t(chosen[3]), int32_t(chosen[4])};
+  Tensor input = ts::contiguous(x);
+  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) input = ts::clone(input);
+  check_kernel("gemm",
+               flute_decode(&matrix, &config, int32_t(m), input.data_ptr(), qweight.data_ptr(),
+                            table.data_ptr(), y.mutable_data_ptr(),
+                            current_stream(qweight.get_device_index())));
+  return y;
+}
+
+// --- the ops --------------------------------------------------------------------------------------
+
 Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
-            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size) {
+            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
+            std::vector<int64_t> plan) {
+  if (is_internal(qweight))
+    return gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan);
   const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype dtype = check_input("gemm", x, qweight, weight);
   if (x.numel() == 0 || weight.n == 0) return empty_output(x, weight.n);
@@ -52,7 +174,14 @@ Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const 
 
 Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& table,
                   std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
-                  std::optional<ScalarType> dtype) {
+                  std::optional<ScalarType> dtype, int64_t in_features) {
+  if (is_internal(qweight)) {
+    const FluteMatrix matrix = check_records("dequantize", qweight, scales, table, part_sizes, bits,
+                                             group_size, in_features);
+    const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
+    const Tensor dense = dense_records("dequantize", matrix, qweight, scales, table);
+    return ts::to(dense, dtype.value_or(scales.scalar_type()));
+  }
   const Weight weight =
       check_weight("dequantize", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype out_dtype = to_dtype("dequantize", "dtype", dtype.value_or(scales.scalar_type()));
@@ -66,4 +195,5 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& tab
 STABLE_TORCH_LIBRARY_IMPL(flute, CUDA, m) {
   m.impl("gemm", TORCH_BOX(&flute::gemm));
   m.impl("dequantize", TORCH_BOX(&flute::dequantize));
+  m.impl("repack", TORCH_BOX(&flute::repack));
 }

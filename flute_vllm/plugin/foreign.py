@@ -49,7 +49,7 @@ class ForeignLinearMethod(FluteLinearMethod):
     ) -> None:
         ops.load()
         check_shardable(self.prefix, self.spec, input_size, input_size_per_partition)
-        layer.flute_parts = list(output_partition_sizes)
+        self.describe(layer, input_size_per_partition, output_partition_sizes, params_dtype)
         layer.flute_account = LoadAccount(self.prefix, layer_parts(layer))
         layer.flute_scale_dtype = None
         collector = _Collector(

@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.model_executor.utils import replace_parameter
 
-from flute_vllm import ops
+from flute_vllm import ops, tuning
 from flute_vllm.errors import FluteError
 from flute_vllm.format import PER_ROW, TENSOR_NAMES, UNIT, LayerSpec
 from flute_vllm.plugin.tracking import (
@@ -59,7 +59,7 @@ class FluteLinearMethod(LinearMethodBase):
     ) -> None:
         ops.load()
         check_shardable(self.prefix, self.spec, input_size, input_size_per_partition)
-        layer.flute_parts = list(output_partition_sizes)
+        self.describe(layer, input_size_per_partition, output_partition_sizes, params_dtype)
         layer.flute_account = LoadAccount(self.prefix, layer_parts(layer))
         inner = extra_weight_attrs["weight_loader"]
 
@@ -72,6 +72,14 @@ class FluteLinearMethod(LinearMethodBase):
         ).items():
             layer.register_parameter(name, parameter)
         self._announce()
+
+    @staticmethod
+    def describe(layer, in_features: int, parts: list[int], dtype: torch.dtype) -> None:
+        """Notes on the layer what the forward call needs beside its tensors."""
+        layer.flute_in_features = in_features
+        layer.flute_parts = list(parts)
+        layer.flute_dtype = dtype  # of activations
+        layer.flute_plan = []  # launches of the GPU kernels, once the weights are there
 
     def make_parameters(
         self,
@@ -157,16 +165,38 @@ class FluteLinearMethod(LinearMethodBase):
 
     def finish(self, layer: torch.nn.Module) -> None:
         """Replaces vLLM's loading parameters with plain ones, under the same names."""
-        for name in TENSOR_NAMES:
-            tensor = getattr(layer, name).data.contiguous()
+        tensors = {name: getattr(layer, name).data.contiguous() for name in TENSOR_NAMES}
+        if tensors["qweight"].is_cuda and layer.flute_dtype in (torch.float16, torch.bfloat16):
+            tensors = self._to_gpu_layout(layer, tensors)
+        for name, tensor in tensors.items():
             replace_parameter(layer, name, Parameter(tensor, requires_grad=False))
+
+    def _to_gpu_layout(
+        self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Codes and scales as the GPU kernels read them; ``scales`` is left as an empty tensor.
+
+        The kernels compute in the dtype of the activations, so scales and table are converted to
+        it by value. Temporary memory: this layer once more.
+        """
+        scales = tensors["scales"].to(layer.flute_dtype)
+        table = tensors["table"].to(layer.flute_dtype)
+        for name, tensor in (("scales", scales), ("table", table)):
+            check_finite(f"{self.prefix}.{name}, as {layer.flute_dtype}", tensor)
+        settings = (layer.flute_parts, self.spec.bits, self.spec.group_size)
+        records = ops.repack(tensors["qweight"], scales, table, *settings)
+        layer.flute_plan = tuning.plan(
+            sum(layer.flute_parts), layer.flute_in_features, self.spec.bits, self.spec.group_size,
+            tuple(layer.flute_parts), tuning.device_of(records.device),
+        )  # fmt: skip
+        return {"qweight": records, "scales": scales.new_empty(0), "table": table}
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         y = torch.ops.flute.gemm(
             x, layer.qweight, layer.scales, layer.table, layer.flute_parts,
-            self.spec.bits, self.spec.group_size,
+            self.spec.bits, self.spec.group_size, layer.flute_plan,
         )  # fmt: skip
         return y if bias is None else y + bias
 
@@ -174,7 +204,7 @@ class FluteLinearMethod(LinearMethodBase):
         """Dense [N, K] of this rank, in the dtype of the scales; vLLM requantizes from it."""
         return torch.ops.flute.dequantize(
             layer.qweight, layer.scales, layer.table, layer.flute_parts,
-            self.spec.bits, self.spec.group_size,
+            self.spec.bits, self.spec.group_size, in_features=layer.flute_in_features,
         )  # fmt: skip
 
     def _announce(self) -> None:

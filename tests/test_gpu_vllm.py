@@ -1,0 +1,101 @@
+"""vLLM engines on a GPU give the answers of transformers' float32 twin on the CPU.
+
+In 16 bits a near tie may fall the other way, after which two greedy streams differ for good. So a
+stream must agree up to its first near tie: a step whose two best tokens lie within TIE of each
+other in the reference.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+from engine import run_jobs  # noqa: E402
+
+from flute_vllm.evaluate import load_model  # noqa: E402
+from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "stdlib_model" / "model"
+ZOO = ROOT / "tests" / "data" / "ckpt_w4"
+TOKENS = 32
+TIE = 0.15  # nats; bf16 activations move a log-probability of this model by less than half of it
+GRAPHS = {"enforce_eager": False}  # vLLM's defaults: torch.compile and CUDA graphs
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("quantized")
+    folders = {}
+    for bits in (4, 3, 2):
+        folders[f"w{bits}"] = root / f"w{bits}"
+        quantize_checkpoint(MODEL, folders[f"w{bits}"], QuantizeSettings(bits, 64))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = Path(sysconfig.get_paths()["stdlib"], "sched.py").read_text()
+    short = ["def walk(path):\n    for name in os.listdir(path):\n", "import os\n\n"]
+    # The long one prefills more rows than the decode kernel takes.
+    return [tokenizer(text[:n], add_special_tokens=False)["input_ids"] for n in (400,)] + [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in short
+    ]
+
+
+@torch.inference_mode()
+def assert_agrees(answer: dict, prompt: list[int], model: torch.nn.Module, tolerance: float):
+    ids = torch.tensor([prompt + answer["tokens"]])
+    logprobs = torch.log_softmax(model(ids).logits[0].float(), -1)[len(prompt) - 1 : -1]
+    steps = zip(logprobs, answer["tokens"], answer["logprobs"], strict=True)
+    for agreed, (step, token, found) in enumerate(steps):
+        best, second = step.topk(2).values.tolist()
+        if token != int(step.argmax()):
+            assert best - second < TIE, f"{agreed} tokens agree, then {token} is not the best"
+            return
+        assert abs(float(step[token]) - found) < tolerance
+
+
+@pytest.mark.parametrize("engine", [{}, GRAPHS], ids=["eager", "compiled with graphs"])
+def test_bundled_model_in_bf16(quantized, prompts, engine):
+    settings = {"dtype": "bfloat16", **engine}
+    jobs = [
+        {"model": str(folder), "prompts": prompts, "tokens": TOKENS, "engine": settings}
+        for folder in quantized.values()
+    ]
+    if engine:  # one engine a process: CUDA graphs share a pool, and start-up takes a minute
+        results = run_jobs(jobs[:1], {"TORCHDYNAMO_DISABLE": "0"})
+    else:
+        results = run_jobs(jobs)
+    for folder, result in zip(quantized.values(), results, strict=False):
+        assert "error" not in result, result["error"]
+        model, _ = load_model(folder)
+        for answer, prompt in zip(result["outputs"], prompts, strict=True):
+            assert_agrees(answer, prompt, model, tolerance=0.1)
+
+
+def test_zoo_checkpoint_in_fp16_and_reloaded():
+    from safetensors.torch import load_file
+
+    greedy = load_file(ZOO.parent / "ref_w4.safetensors")["greedy_prompt8_plus32"].tolist()
+    job = {
+        "model": str(ZOO), "prompts": [greedy[:8]], "tokens": 32, "reload": True,
+        "engine": {"quantization": "flute", "dtype": "float16"},
+    }  # fmt: skip
+    (result,) = run_jobs([job])
+    assert "error" not in result, result["error"]
+    assert result["outputs"][0]["tokens"] == greedy[8:]
+    assert result["after_reload"] == result["outputs"]
