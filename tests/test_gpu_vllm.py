@@ -76,10 +76,8 @@ def test_bundled_model_in_bf16(quantized, prompts, engine):
         {"model": str(folder), "prompts": prompts, "tokens": TOKENS, "engine": settings}
         for folder in quantized.values()
     ]
-    if engine:  # one engine a process: CUDA graphs share a pool, and start-up takes a minute
-        results = run_jobs(jobs[:1], {"TORCHDYNAMO_DISABLE": "0"})
-    else:
-        results = run_jobs(jobs)
+    # One engine a process with CUDA graphs: they share a pool, and start-up takes a minute.
+    results = run_jobs(jobs[:1], {"TORCHDYNAMO_DISABLE": "0"}) if engine else run_jobs(jobs)
     for folder, result in zip(quantized.values(), results, strict=False):
         assert "error" not in result, result["error"]
         model, _ = load_model(folder)
