@@ -172,9 +172,12 @@ def main() -> None:
     library, gpu = Library(arguments.library), device()
     limits = roofline()
     print(limits)
-    commit = arguments.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        arguments.commit
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -162,9 +162,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     ):
         return None
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    return Launch(
-        blocks * config.splits, shared_bytes(problem, config, device), config.splits
-    )
+    return Launch(blocks * config.splits, shared_bytes(problem, config, device), config.splits)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:

@@ -17,7 +17,8 @@
 //
 //   4 bits: word f is the nibble word.       Two 16-byte vectors a lane: f < 4, then f >= 4.
 //   2 bits: word f / 2 holds fragment f in bits 2 * (f & 1) + {0, 1} of each nibble.
-//   3 bits: low two bits as at 2 bits; bit 2 in an 8-byte vector: word f / 4, bit f & 3 of a nibble.
+//   3 bits: low two bits as at 2 bits; bit 2 in an 8-byte vector: word f / 4, bit f & 3 of a
+//   nibble.
 //
 // Scales: word g * groups + i holds the scales of rows g (low half) and g + 8 of group i.
 #pragma once
