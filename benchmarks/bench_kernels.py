@@ -10,6 +10,7 @@ bandwidth. ``--sweep`` tries several configurations and writes the best to ``--t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -86,6 +87,12 @@ def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
     return sorted(full, key=full.get, reverse=True)[:limit]
 
 
+def decode_us(library, layer, records, x, y, calls, replays, config, overlap) -> float:
+    config = replace(config, overlap=overlap)
+    functions = [functools.partial(library.decode, layer, config, x, y, r) for r in records]
+    return graph_us(functions, calls, replays)
+
+
 def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
     best: dict[str, list[int]] = {}
     for family in arguments.families.split(","):
@@ -109,13 +116,9 @@ def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
                     if arguments.sweep:
                         configs = sweep_candidates(problem, gpu, arguments.sweep)
 
-                    def time_config(config, overlap):
-                        config = replace(config, overlap=overlap)
-                        functions = [
-                            lambda r=r: library.decode(layer, config, x, y, r) for r in records
-                        ]
-                        return graph_us(functions, calls, arguments.replays)
-
+                    time_config = functools.partial(
+                        decode_us, library, layer, records, x, y, calls, arguments.replays
+                    )
                     plain, config = min(
                         ((time_config(config, 0), config) for config in configs),
                         key=lambda pair: pair[0],
@@ -134,7 +137,7 @@ def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
                     }  # fmt: skip
                     if m in (1, 32) and bits == 4:
                         linear = torch.nn.functional.linear
-                        functions = [lambda w=w: linear(x, w) for w in dense]
+                        functions = [functools.partial(linear, x, w) for w in dense]
                         if n * k * 4 > 150e6:  # two copies pass through L2 without hits
                             row["peers"]["cublas"] = graph_us(functions, 10, arguments.replays)
                     key = f"{n},{k},{problem.width},{bits}"

@@ -44,7 +44,9 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
   return plan;
 }
 
-inline int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+inline int log2_of(int power) {
+  return power <= 1 ? 0 : 1 + log2_of(power / 2);
+}
 
 template <typename Shape>
 int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
@@ -80,10 +82,10 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
 
   SharedPlan plan;
   const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
-  // About 64 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
+  // About 70 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
   // third (NOTES.md).
   if (config.slots <= 0) {
-    config.slots = 68 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
+    config.slots = 80 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
     if (config.slots > kMaxSlots) config.slots = kMaxSlots;
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {

@@ -30,8 +30,12 @@ constexpr bool kWideTable = true;  // host code asks has_wide_table
 __host__ __device__ constexpr uint32_t table_alignment(bool wide) {
   return wide ? 0x10000 : 0x8000;
 }
-__host__ __device__ constexpr int table_row(bool wide) { return wide ? 256 : 128; }
-__host__ __device__ constexpr int table_bytes(bool wide) { return kTableEntries * table_row(wide); }
+__host__ __device__ constexpr int table_row(bool wide) {
+  return wide ? 256 : 128;
+}
+__host__ __device__ constexpr int table_bytes(bool wide) {
+  return kTableEntries * table_row(wide);
+}
 
 // The two values of a table entry, on their way: not touched before they are needed.
 struct TablePair {
