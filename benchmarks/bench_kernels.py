@@ -10,6 +10,7 @@ bandwidth. ``--sweep`` tries several configurations and writes the best to ``--t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -58,7 +59,8 @@ def graph_us(functions, calls: int, replays: int) -> float:
     with torch.cuda.graph(graph):
         for i in range(calls):
             functions[i % len(functions)]()
-    graph.replay()
+    for _ in range(4):  # the first replays over fresh memory are up to 15 % slower
+        graph.replay()
     torch.cuda.synchronize()
     return statistics.median(event_us(graph.replay) / calls for _ in range(replays))
 
@@ -69,7 +71,7 @@ def roofline() -> dict[str, float]:
     torch.amax(source)
     read = size / min(event_us(lambda: torch.amax(source), 3) for _ in range(7)) / 1e6
     copy = 2 * size / min(event_us(lambda: target.copy_(source), 3) for _ in range(7)) / 1e6
-    del source, target
+    source = target = None
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     a @ a
     product = 2 * 8192**3 / statistics.median(event_us(lambda: a @ a, 2) for _ in range(5)) / 1e6
@@ -84,6 +86,12 @@ def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
             if done is not None:
                 full[done] = tuning.efficiency(problem, done, gpu)
     return sorted(full, key=full.get, reverse=True)[:limit]
+
+
+def decode_us(library, layer, records, x, y, calls, replays, config, overlap) -> float:
+    config = replace(config, overlap=overlap)
+    functions = [functools.partial(library.decode, layer, config, x, y, r) for r in records]
+    return graph_us(functions, calls, replays)
 
 
 def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
@@ -109,13 +117,9 @@ def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
                     if arguments.sweep:
                         configs = sweep_candidates(problem, gpu, arguments.sweep)
 
-                    def time_config(config, overlap):
-                        config = replace(config, overlap=overlap)
-                        functions = [
-                            lambda r=r: library.decode(layer, config, x, y, r) for r in records
-                        ]
-                        return graph_us(functions, calls, arguments.replays)
-
+                    time_config = functools.partial(
+                        decode_us, library, layer, records, x, y, calls, arguments.replays
+                    )
                     plain, config = min(
                         ((time_config(config, 0), config) for config in configs),
                         key=lambda pair: pair[0],
@@ -134,7 +138,7 @@ def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
                     }  # fmt: skip
                     if m in (1, 32) and bits == 4:
                         linear = torch.nn.functional.linear
-                        functions = [lambda w=w: linear(x, w) for w in dense]
+                        functions = [functools.partial(linear, x, w) for w in dense]
                         if n * k * 4 > 150e6:  # two copies pass through L2 without hits
                             row["peers"]["cublas"] = graph_us(functions, 10, arguments.replays)
                     key = f"{n},{k},{problem.width},{bits}"

@@ -1,7 +1,7 @@
 """The CUDA kernels through ctypes: the same C functions that the torch ops call.
 
-For benchmarks and checks that must reach a launch's configuration. The library is any shared object
-that exports ``launch.h``: the package's extension, or one built by ``nvcc -shared kernels/cuda/*.cu``.
+For benchmarks and checks that must reach a launch's configuration. The library is any shared
+object that exports ``launch.h``: the package's extension, or ``nvcc -shared kernels/cuda/*.cu``.
 """
 
 from __future__ import annotations

@@ -185,9 +185,9 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
-    """Fills in ``slots``: 68 KiB in flight a block, or what fits; None where nothing does."""
+    """Fills in ``slots``: up to 80 KiB in flight a block, or what fits; None if nothing does."""
     least = config.rows_each + 1 if problem.width == 32 else 1
-    wanted = config.slots or 68 * 1024 // (WARPS * problem.depth * problem.record_bytes)
+    wanted = config.slots or 80 * 1024 // (WARPS * problem.depth * problem.record_bytes)
     for slots in range(max(min(wanted, MAX_SLOTS), least), least - 1, -1):
         full = replace(config, slots=slots)
         if launch(problem, full, device) is not None:

@@ -16,8 +16,8 @@
 namespace flute {
 
 constexpr int kMaxSlots = 16;
-constexpr int kXRow = kTileK * 2 + 16;     // bytes; the pad keeps ldmatrix free of bank conflicts
-constexpr int kPartialColumn = 16 + 4;     // floats of one column of x; the pad likewise
+constexpr int kXRow = kTileK * 2 + 16;  // bytes; the pad keeps ldmatrix free of bank conflicts
+constexpr int kPartialColumn = 16 + 4;  // floats of one column of x; the pad likewise
 constexpr int kBarrierBytes = (kMaxSlots + 1) * 8;
 
 // What a launch needs; filled by decode_launch.cuh from FluteMatrix and FluteDecodeConfig.
@@ -30,15 +30,15 @@ struct DecodeParams {
   int table_bytes;  // of one part
   bool pair_table;
   int row_tiles, row_warps, k_warps, splits, slots;
-  int k_warps_log2, splits_log2;            // both are powers of two: an integer division costs
-  int rows_each;                            // a tenth of a microsecond at the start of a block
+  int k_warps_log2, splits_log2;  // both are powers of two: an integer division costs
+  int rows_each;                  // a tenth of a microsecond at the start of a block
   uint32_t row_tiles_inverse, rows_each_inverse;  // 2^16 / d rounded up, for small dividends
-  int early_slots;   // requested before the previous kernel has finished
-  int x_bytes;       // of the x tiles of a step
-  int region_bytes;  // of one warp: its ring, later its partial sums
-  int x_offset;      // of all x tiles, from the start of shared memory
+  int early_slots;                             // requested before the previous kernel has finished
+  int x_bytes;                                 // of the x tiles of a step
+  int region_bytes;                            // of one warp: its ring, later its partial sums
+  int x_offset;                                // of all x tiles, from the start of shared memory
   int first_region, low_regions, high_region;  // regions below the table, then those behind it
-  int first_block[FLUTE_MAX_PARTS + 1];  // of each part
+  int first_block[FLUTE_MAX_PARTS + 1];        // of each part
   Parts parts;
 };
 
@@ -195,8 +195,7 @@ using Sums = float[Shape::kXTiles][4];
 template <typename Shape>
 __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
                                               const Scales<Shape>& scales, const XTile<Shape>& x,
-                                              const Decoder<Shape::kBits>& decoder,
-                                              int half) {
+                                              const Decoder<Shape::kBits>& decoder, int half) {
   using T = typename Shape::T;
   constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
   constexpr int kInStep =
@@ -252,7 +251,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions.
   const uint32_t base = shared_address(shared);
-  const uint32_t table = (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
+  const uint32_t table =
+      (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
   auto region_of = [&](int w) {
     return (w < p.low_regions ? base + p.first_region
                               : base + p.high_region - p.low_regions * p.region_bytes) +
@@ -401,8 +401,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       const int row = tile * kTileRows + row16;
       if (row >= block.rows) continue;
       const int group = tile * p.rows_each_inverse >> 16;
-      const uint32_t at = (tile - group * p.rows_each) * Shape::kPartialTile +
-                          (m * kPartialColumn + row16) * 4;
+      const uint32_t at =
+          (tile - group * p.rows_each) * Shape::kPartialTile + (m * kPartialColumn + row16) * 4;
       float sum = 0;
 #pragma unroll 1
       for (int i = 0; i < p.k_warps; i += 4) {
@@ -429,9 +429,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // Then over the blocks of the cluster, in theirs; each writes a share of y. The table is no
   // longer needed, its place takes the block's sums.
   const int stride = p.row_tiles * kTileRows;
-  for_each_output([&](int m, int row, float sum) {
-    store_shared_float(table + (m * stride + row) * 4, sum);
-  });
+  for_each_output(
+      [&](int m, int row, float sum) { store_shared_float(table + (m * stride + row) * 4, sum); });
   cluster_sync();
 #pragma unroll 1
   for (int i = split * Shape::kThreads + thread; i < p.m * stride;

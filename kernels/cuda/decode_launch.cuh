@@ -16,8 +16,8 @@ struct SharedPlan {
   int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, total;
 };
 
-// Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table where
-// there is no room before it.
+// Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table
+// where there is no room before it.
 template <typename Shape>
 SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int limit) {
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
@@ -44,7 +44,9 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
   return plan;
 }
 
-inline int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+inline int log2_of(int power) {
+  return power <= 1 ? 0 : 1 + log2_of(power / 2);
+}
 
 template <typename Shape>
 int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
@@ -58,8 +60,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
     return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  if (rows_each > Shape::kMaxRows || config.row_tiles > 128 || Shape::kWarps % config.row_warps || config.splits > 8 ||
-      (config.splits & (config.splits - 1)))
+  if (rows_each > Shape::kMaxRows || config.row_tiles > 128 || Shape::kWarps % config.row_warps ||
+      config.splits > 8 || (config.splits & (config.splits - 1)))
     return kBadConfig;
 
   // Which of the compiled versions this device runs; asked and prepared once.
@@ -80,10 +82,10 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
 
   SharedPlan plan;
   const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
-  // About 64 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
+  // About 70 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
   // third (NOTES.md).
   if (config.slots <= 0) {
-    config.slots = 68 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
+    config.slots = 80 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
     if (config.slots > kMaxSlots) config.slots = kMaxSlots;
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
@@ -152,8 +154,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
 }
 
 // One function for each bit width, each in a file of its own so that they build side by side.
-#define FLUTE_DECODE_ARGUMENTS                                                              \
-  const FluteMatrix &matrix, const FluteDecodeConfig &config, int m, const void *x,         \
+#define FLUTE_DECODE_ARGUMENTS                                                      \
+  const FluteMatrix &matrix, const FluteDecodeConfig &config, int m, const void *x, \
       const void *records, const void *table, void *y, cudaStream_t stream
 int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
@@ -161,10 +163,10 @@ int decode_w2(FLUTE_DECODE_ARGUMENTS);
 
 template <int Bits, typename T, int XTiles>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                                        \
-  case GROUPS:                                                                                    \
-    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(matrix, config, m, x, records, table, \
-                                                              y, stream)
+#define FLUTE_CASE(GROUPS)                                                                   \
+  case GROUPS:                                                                               \
+    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(matrix, config, m, x, records, \
+                                                              table, y, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128

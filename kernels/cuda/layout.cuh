@@ -17,7 +17,8 @@
 //
 //   4 bits: word f is the nibble word.       Two 16-byte vectors a lane: f < 4, then f >= 4.
 //   2 bits: word f / 2 holds fragment f in bits 2 * (f & 1) + {0, 1} of each nibble.
-//   3 bits: low two bits as at 2 bits; bit 2 in an 8-byte vector: word f / 4, bit f & 3 of a nibble.
+//   3 bits: low two bits as at 2 bits; bit 2 in an 8-byte vector: word f / 4, bit f & 3 of a
+//   nibble.
 //
 // Scales: word g * groups + i holds the scales of rows g (low half) and g + 8 of group i.
 #pragma once
@@ -32,14 +33,18 @@ constexpr int kTileRows = 16;
 constexpr int kTileK = 128;
 constexpr int kFragments = kTileK / 16;
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
 
 // Groups of scales in one tile. A group longer than a tile is stored once for each of its tiles:
 // 3 % more bytes at most, and no second kind of record.
 __host__ __device__ constexpr int groups_in_tile(int group_size) {
   return group_size > 0 && group_size < kTileK ? kTileK / group_size : 1;
 }
-__host__ __device__ constexpr int code_bytes(int bits) { return kTileRows * kTileK * bits / 8; }
+__host__ __device__ constexpr int code_bytes(int bits) {
+  return kTileRows * kTileK * bits / 8;
+}
 __host__ __device__ constexpr int record_bytes(int bits, int groups) {
   return code_bytes(bits) + groups * kTileRows * 2;
 }

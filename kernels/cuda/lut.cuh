@@ -27,9 +27,15 @@ constexpr bool kWideTable = has_wide_table(__CUDA_ARCH__ / 10);
 constexpr bool kWideTable = true;  // host code asks has_wide_table
 #endif
 // The index is bits 8..15 of a wide table's address, 7..14 of a narrow one's: free in its start.
-__host__ __device__ constexpr uint32_t table_alignment(bool wide) { return wide ? 0x10000 : 0x8000; }
-__host__ __device__ constexpr int table_row(bool wide) { return wide ? 256 : 128; }
-__host__ __device__ constexpr int table_bytes(bool wide) { return kTableEntries * table_row(wide); }
+__host__ __device__ constexpr uint32_t table_alignment(bool wide) {
+  return wide ? 0x10000 : 0x8000;
+}
+__host__ __device__ constexpr int table_row(bool wide) {
+  return wide ? 256 : 128;
+}
+__host__ __device__ constexpr int table_bytes(bool wide) {
+  return kTableEntries * table_row(wide);
+}
 
 // The two values of a table entry, on their way: not touched before they are needed.
 struct TablePair {
@@ -72,7 +78,8 @@ struct TableFill {
 #pragma unroll
     for (int i = 0; i < kStores; i++) {
       const uint32_t at = threadIdx.x + i * Threads;
-      const uint32_t even = first[i].word(), odd = Bits == 2 ? second[Bits == 2 ? i : 0].word() : even;
+      const uint32_t even = first[i].word(),
+                     odd = Bits == 2 ? second[Bits == 2 ? i : 0].word() : even;
       store_shared4(to + at / 8 * table_row(kWideTable) + at % 8 * 16,
                     make_uint4(even, odd, even, odd));
     }
@@ -123,8 +130,8 @@ struct Codes<3> {
   }
 };
 
-// Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead, to
-// relieve shared memory, gained nothing at any bit width (NOTES.md).
+// Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead,
+// to relieve shared memory, gained nothing at any bit width (NOTES.md).
 template <int Bits>
 struct Decoder {
   uint32_t lane_table;

@@ -166,7 +166,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
 }
 
 // A float of the shared memory of block `rank` of this cluster.
@@ -225,14 +226,14 @@ template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]);
 
-#define FLUTE_DEFINE_MULTIPLY(TYPE, NAME)                                                      \
-  template <>                                                                                  \
-  __device__ __forceinline__ void multiply<TYPE>(float (&d)[4], const uint32_t (&a)[4],        \
-                                                 const uint32_t (&b)[2]) {                     \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                 \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                 \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                       \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+#define FLUTE_DEFINE_MULTIPLY(TYPE, NAME)                                               \
+  template <>                                                                           \
+  __device__ __forceinline__ void multiply<TYPE>(float (&d)[4], const uint32_t (&a)[4], \
+                                                 const uint32_t (&b)[2]) {              \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                          \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));            \
   }
 FLUTE_DEFINE_MULTIPLY(__half, "f16")
 FLUTE_DEFINE_MULTIPLY(__nv_bfloat16, "bf16")

@@ -19,11 +19,11 @@ enum { FLUTE_FLOAT16 = 0, FLUTE_BFLOAT16 = 1 };
 // One quantized matrix [n, k]; the parts of a fused matrix follow one another along n.
 typedef struct {
   int32_t n, k;
-  int32_t bits;          // 2, 3, 4
-  int32_t group_size;    // 32, 64, 128, 256, or -1: one scale per row
-  int32_t dtype;         // of x, y, scales and table
-  int32_t pair_table;    // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2]
-  int32_t parts;         // 1 .. FLUTE_MAX_PARTS
+  int32_t bits;                        // 2, 3, 4
+  int32_t group_size;                  // 32, 64, 128, 256, or -1: one scale per row
+  int32_t dtype;                       // of x, y, scales and table
+  int32_t pair_table;                  // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2]
+  int32_t parts;                       // 1 .. FLUTE_MAX_PARTS
   int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
 } FluteMatrix;
 
@@ -42,16 +42,17 @@ typedef struct {
 FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
 
 // Canonical qweight int32 [n, k/32*bits] and scales [n, groups] to the internal layout.
-FLUTE_API int flute_repack(const FluteMatrix* matrix, const void* qweight, const void* scales, void* records,
-                 void* stream);
+FLUTE_API int flute_repack(const FluteMatrix* matrix, const void* qweight, const void* scales,
+                           void* records, void* stream);
 
 // Internal layout to w [n, k] = round(table[code] * scale).
-FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, const void* table, void* w,
-                     void* stream);
+FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, const void* table,
+                               void* w, void* stream);
 
 // y [m, n] = x [m, k] * w^T, 1 <= m <= FLUTE_MAX_M. x must be 16-byte aligned and contiguous.
 FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
-                 const void* x, const void* records, const void* table, void* y, void* stream);
+                           const void* x, const void* records, const void* table, void* y,
+                           void* stream);
 
 FLUTE_API const char* flute_error_text(int error);
 
