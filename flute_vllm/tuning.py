@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from flute_vllm.resources import data_path
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 TILE_ROWS, TILE_K = 16, 128
 WARPS = 16
@@ -259,6 +262,26 @@ def measured(device_name: str, folder: Path = CONFIG_FOLDER) -> Mapping[str, lis
     return json.loads(path.read_text())["decode"] if path.is_file() else {}
 
 
+def _parse_wish(text: str) -> list[int]:
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 5:
+        raise FluteError(
+            "cannot read a launch configuration",
+            where=f"{ENVIRONMENT}={text}",
+            why="it must be one to five numbers: row_tiles,row_warps,splits,slots,overlap",
+            fix="for example 4,2,1",
+        )
+    return numbers
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def select(
     problem: Problem,
     device: Device,
@@ -266,10 +289,19 @@ def select(
     overlap: int = 0,
     environment: Mapping[str, str] = os.environ,
 ) -> Config:
-    """The config of a problem. An override that is not legal for it is passed over."""
+    """The config of a problem. A wish that is not legal for it is passed over, with a warning.
+
+    Raises FluteError when the environment variable is not one to five numbers.
+    """
     choices = []
     if text := environment.get(ENVIRONMENT):
-        choices.append([int(number) for number in text.split(",")])
+        wish = _parse_wish(text)
+        choices.append(wish)
+        if complete(problem, Config(*wish), device) is None:
+            _warn_once(
+                f"flute: {ENVIRONMENT}={text} is not a legal launch for {problem}; the measured or "
+                "computed choice is used there"
+            )
     # What is best depends little on the bit width: entries for 4 bits serve the others.
     entries = measured(device.name)
     keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]

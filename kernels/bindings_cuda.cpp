@@ -43,7 +43,8 @@ Tensor dense_weight(const char* op, const Weight& weight, const Tensor& qweight,
   return out;
 }
 
-// --- the internal layout (cuda/layout.cuh): qweight is one run of records, made by `repack` -------
+// --- the internal layout (cuda/layout.cuh): qweight is one run of records, made by `repack`
+// -------
 
 bool is_internal(const Tensor& qweight) {
   return qweight.dim() == 1;
@@ -112,9 +113,9 @@ Tensor repack(const Tensor& qweight, const Tensor& scales, const Tensor& table,
 Tensor dense_records(const char* op, const FluteMatrix& matrix, const Tensor& qweight,
                      const Tensor& scales, const Tensor& table) {
   Tensor dense = ts::new_empty(scales, {matrix.n, matrix.k});
-  check_kernel(op, flute_dequantize(&matrix, qweight.data_ptr(), table.data_ptr(),
-                                    dense.mutable_data_ptr(),
-                                    current_stream(qweight.get_device_index())));
+  check_kernel(
+      op, flute_dequantize(&matrix, qweight.data_ptr(), table.data_ptr(), dense.mutable_data_ptr(),
+                           current_stream(qweight.get_device_index())));
   return dense;
 }
 
@@ -137,8 +138,8 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
   if (m == 0) return y;
   const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
   if (m > FLUTE_MAX_M || plan.empty()) {
-    return ts::matmul(
-        x, ts::transpose(dense_records("gemm", matrix, qweight, scales, table), 0, 1));
+    return ts::matmul(x,
+                      ts::transpose(dense_records("gemm", matrix, qweight, scales, table), 0, 1));
   }
   FLUTE_CHECK(plan.size() == kFields * kWidths.size(), "gemm", "plan",
               (plan.size(), " numbers, not ", kFields * kWidths.size()),
@@ -150,14 +151,14 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
                                     int32_t(chosen[3]), int32_t(chosen[4])};
   Tensor input = ts::contiguous(x);
   if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) input = ts::clone(input);
-  check_kernel("gemm",
-               flute_decode(&matrix, &config, int32_t(m), input.data_ptr(), qweight.data_ptr(),
-                            table.data_ptr(), y.mutable_data_ptr(),
-                            current_stream(qweight.get_device_index())));
+  check_kernel("gemm", flute_decode(&matrix, &config, int32_t(m), input.data_ptr(),
+                                    qweight.data_ptr(), table.data_ptr(), y.mutable_data_ptr(),
+                                    current_stream(qweight.get_device_index())));
   return y;
 }
 
-// --- the ops --------------------------------------------------------------------------------------
+// --- the ops
+// --------------------------------------------------------------------------------------
 
 Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
             std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,

@@ -185,9 +185,11 @@ class FluteLinearMethod(LinearMethodBase):
             check_finite(f"{self.prefix}.{name}, as {layer.flute_dtype}", tensor)
         settings = (layer.flute_parts, self.spec.bits, self.spec.group_size)
         records = ops.repack(tensors["qweight"], scales, table, *settings)
+        # With overlap a launch reads records before the kernels ahead of it have finished.
+        torch.cuda.current_stream(records.device).synchronize()
         layer.flute_plan = tuning.plan(
             sum(layer.flute_parts), layer.flute_in_features, self.spec.bits, self.spec.group_size,
-            tuple(layer.flute_parts), tuning.device_of(records.device),
+            tuple(layer.flute_parts), tuning.device_of(records.device), overlap=1,
         )  # fmt: skip
         return {"qweight": records, "scales": scales.new_empty(0), "table": table}
 
