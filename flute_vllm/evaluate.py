@@ -255,11 +255,12 @@ def load_model(
     if not is_quantized:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
     else:
-        model = _load_twin(folder, dtype)
+        model = load_twin(folder, dtype)
     return model.eval().to(device), tokenizer
 
 
-def _load_twin(folder: str | Path, dtype: torch.dtype) -> Any:
+def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The dense twin of a quantized folder as a transformers model; see :func:`load_model`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from flute_vllm.convert import dense_state_dict

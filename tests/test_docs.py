@@ -27,6 +27,17 @@ def test_cpu_table_equals_the_committed_results():
             assert value == f"{speedups[name.strip('`'), bits, group, m]:.2f}"
 
 
+def test_gpu_table_equals_the_committed_results():
+    path = "benchmarks/results/h200/kernels.json"
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    times = {(f"{r['family']} {r['layer']}", r["m"]): r["us_overlap"] for r in rows}
+    table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
+    assert len(table) - 2 == len(times) / 6
+    for line in table[2:]:
+        layer, _, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        assert values == [f"{times[layer, m]:.1f}" for m in (1, 2, 4, 8, 16, 32)]
+
+
 def test_demo_table_equals_the_committed_results():
     path = "benchmarks/results/cpu/demo.json"
     rows = json.loads((ROOT / path).read_text())["rows"]
