@@ -19,6 +19,8 @@ from safetensors import safe_open
 from flute_vllm.errors import FluteError
 
 INDEX_NAME = "model.safetensors.index.json"
+# Of a hub repository: no pickles, which may be as large again.
+DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken")
 HEADER_LIMIT = 100 << 20  # the safetensors specification's own limit
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -55,7 +57,9 @@ def resolve_source(source: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), revision=revision))
+        return Path(
+            snapshot_download(str(source), revision=revision, allow_patterns=list(DOWNLOADED))
+        )
     except Exception as error:
         raise FluteError(
             "cannot download the checkpoint",
@@ -95,8 +99,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             "damaged safetensors file", where=str(path), why=why, fix="download or copy it again"
         )
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        size = path.stat().st_size
+        file = path.open("rb")
+    except OSError as error:
+        raise bad(f"it cannot be read: {error}") from error
+    with file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise bad(f"the file has {size} bytes, fewer than the 8 of the header length")
@@ -184,7 +192,10 @@ class Checkpoint:
                         fix="download the checkpoint again",
                     )  # fmt: skip
             return [self.folder / name for name in names]
-        files = sorted(self.folder.glob("*.safetensors"))
+        single = self.folder / "model.safetensors"
+        if single.is_file():  # other files beside it are adapters or another format's copy
+            return [single]
+        files = sorted(p for p in self.folder.glob("*.safetensors") if p.is_file())
         if not files:
             pickles = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
                 p.name for p in self.folder.glob("*.pt*")
@@ -243,6 +254,9 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
+MARKER = ".flute-partial"  # tells an unfinished output of ours from a folder of the user
+
+
 class AtomicFolder:
     """Writes a checkpoint into ``<out>.partial`` and renames it when everything is on disk.
 
@@ -263,10 +277,24 @@ class AtomicFolder:
         self._total = 0
 
     def __enter__(self) -> AtomicFolder:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if self.partial.exists() or self.partial.is_symlink():
+            self._remove_leftover()
         with writing(self.partial):
             self.partial.mkdir(parents=True)
+            (self.partial / MARKER).touch()
         return self
+
+    def _remove_leftover(self) -> None:
+        """Removes what an interrupted run left, and nothing else."""
+        is_ours = not self.partial.is_symlink() and (self.partial / MARKER).is_file()
+        if not is_ours:
+            raise FluteError(
+                "temporary output exists", where=str(self.partial),
+                why=f"the output is written there first, and it holds no {MARKER}, so an "
+                "interrupted run did not leave it",
+                fix="move it away, or choose another output path",
+            )  # fmt: skip
+        shutil.rmtree(self.partial)
 
     def __exit__(self, kind, value, traceback) -> None:
         if kind is not None:
@@ -306,11 +334,18 @@ class AtomicFolder:
     def copy_extras(self, source: Path) -> None:
         """Copies tokenizer and generation files: all small files that hold no weights."""
         skip = {"config.json", "flute_config.json", "report.json", INDEX_NAME}
-        suffixes = {".json", ".model", ".txt", ".jinja", ".md"}
+        suffixes = {".json", ".model", ".txt", ".jinja", ".md", ".tiktoken"}
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in suffixes and file.name not in skip:
+            is_index = file.name.endswith(".index.json")
+            if (
+                file.is_file()
+                and file.suffix in suffixes
+                and file.name not in skip
+                and not is_index
+            ):
                 with writing(self.partial / file.name):
                     shutil.copyfile(file, self.partial / file.name)
+                    _fsync(self.partial / file.name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         path = self.partial / name
@@ -325,6 +360,7 @@ class AtomicFolder:
             self.write_json(INDEX_NAME, index)
         self.write_json("config.json", config)
         with writing(self.out):
+            (self.partial / MARKER).unlink()
             _fsync(self.partial)
             os.rename(self.partial, self.out)
             _fsync(self.out.parent)

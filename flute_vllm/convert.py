@@ -183,9 +183,19 @@ def convert_checkpoint(
     with target:
         _rewrite(source, target, None, tensors, on_module)
         target.copy_extras(source.checkpoint.folder)
-        section = source.importer.native_config(specs)
+        section = source.importer.native_config(specs, _dense_namesakes(source.checkpoint, specs))
         target.commit({**source.checkpoint.config, "quantization_config": section})
     return target.out
+
+
+def _dense_namesakes(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[str]:
+    """Modules stored dense: the head, and those whose namesakes in other blocks are quantized."""
+    leaves = {module.rpartition(".")[2] for module in specs}
+    weights = [
+        name.removesuffix(".weight") for name in checkpoint.tensors if name[-7:] == ".weight"
+    ]
+    dense = [m for m in weights if m not in specs and m.rpartition(".")[2] in leaves]
+    return ["lm_head", *dense]
 
 
 def _quantized_source(folder: str | Path) -> NativeSource | ForeignSource:

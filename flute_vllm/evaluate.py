@@ -253,7 +253,10 @@ def load_model(
             fix="copy the tokenizer files of the original model into the folder",
         ) from error  # fmt: skip
     if not is_quantized:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True
+        )
+        _check_report(folder, report, type(model).__name__)
     else:
         model = load_twin(folder, dtype)
     return model.eval().to(device), tokenizer
@@ -276,12 +279,17 @@ def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     model, report = architecture.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    _check_report(folder, report, architecture.__name__, "unexpected_keys")
+    return model
+
+
+def _check_report(folder: str | Path, report: dict, architecture: str, *more_kinds: str) -> None:
+    """Raises FluteError where transformers would go on with random weights."""
+    for kind in ("missing_keys", "mismatched_keys", *more_kinds):
         if report.get(kind):
             names = sorted(map(str, report[kind]))
             raise FluteError(
                 "the tensors do not fit the architecture", where=f"{folder}: {names[0]}",
-                why=f"{len(names)} {kind.replace('_', ' ')} for {architecture.__name__}",
-                fix="quantize the original checkpoint again; config.json must be the original's",
+                why=f"{len(names)} {kind.replace('_', ' ')} for {architecture}",
+                fix="download or quantize the checkpoint again; config.json must be the original's",
             )  # fmt: skip
-    return model

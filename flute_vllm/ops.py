@@ -69,7 +69,7 @@ def load() -> bool:
     torch.library.register_fake("flute::gemm", _fake_gemm)
     torch.library.register_fake("flute::dequantize", _fake_dequantize)
     if compiled and not _registered_on_cuda():
-        for name in ("gemm", "dequantize"):
+        for name in ("gemm", "dequantize", "repack"):
             torch.library.impl(f"flute::{name}", "CUDA", _no_cuda)
     _compiled = compiled
     return compiled

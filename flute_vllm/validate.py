@@ -71,8 +71,8 @@ def validate_checkpoint(checkpoint: Checkpoint) -> FluteQuantizationConfig:
             "not a flute_vllm checkpoint",
             where=where,
             why=f"quantization_config.quant_method is {method!r}, not {QUANT_METHOD!r}",
-            fix="quantize a dense model with `flute-vllm quantize`, or convert a FLUTE, HIGGS or "
-            "bitsandbytes checkpoint with `flute-vllm convert`",
+            fix="quantize a dense model with `flute-vllm quantize`, or convert a checkpoint of "
+            "upstream FLUTE with `flute-vllm convert`",
         )
     if (checkpoint.folder / FOREIGN_CONFIG).exists():
         raise FluteError(

@@ -1,7 +1,8 @@
 """Runs vLLM engines outside the test process: ``python tests/engine.py JOBS.json RESULTS.json``.
 
 A job is a dict: ``model`` (folder), ``engine`` (arguments of vllm.LLM), ``prompts`` (token ids),
-``tokens``, optional ``lora`` (folder), ``reload`` (true: answer again after reload_weights). Jobs
+``tokens``, optional ``lora`` (folder), ``reload`` (true: answer again after reload_weights),
+``reload_from`` (the same with the weights of another folder, which overwrite the model's). Jobs
 of one file run one after another in one process, which saves vLLM's import of 10 to 20 s each.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,7 +82,10 @@ def _run_job(job: dict) -> dict:
         extra["lora_request"] = LoRARequest("adapter", 1, job["lora"])
     outputs = _answers(llm.generate(prompts, sampling, use_tqdm=False, **extra))
     result = {"outputs": outputs}
-    if job.get("reload"):
+    if "reload_from" in job:  # a folder whose weights replace those of the model
+        for file in Path(job["reload_from"]).glob("*.safetensors"):
+            shutil.copyfile(file, Path(job["model"]) / file.name)
+    if job.get("reload") or "reload_from" in job:
         llm.collective_rpc("reload_weights")
         result["after_reload"] = _answers(llm.generate(prompts, sampling, use_tqdm=False))
     _shut_down(llm)

@@ -170,7 +170,8 @@ def twice_in_header(folder: Path) -> None:
 
 
 def second_shard(folder: Path) -> None:
-    save_file({f"{DOWN}.table": torch.zeros(16)}, folder / "stale.safetensors")
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    save_file({f"{DOWN}.table": torch.zeros(16)}, folder / "model-00002-of-00002.safetensors")
 
 
 def index(weight_map: dict[str, str]) -> Damage:

@@ -6,16 +6,17 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from flute_vllm.checkpoint import INDEX_NAME, AtomicFolder, Checkpoint
+from flute_vllm.checkpoint import INDEX_NAME, MARKER, AtomicFolder, Checkpoint
 from flute_vllm.convert import convert_checkpoint, dense_state_dict, dequantize_checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import dequantize
@@ -124,10 +125,40 @@ def test_an_interrupted_run_leaves_nothing(error, dense_folder, tmp_path):
 
 def test_leftovers_of_a_killed_run_are_replaced(dense_folder, tmp_path):
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / MARKER).touch()
     (tmp_path / "out.partial" / "old.safetensors").write_bytes(b"half")
     quantize_checkpoint(dense_folder, tmp_path / "out", QuantizeSettings(scale="absmax"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "old.safetensors").exists()
+
+
+def test_a_folder_that_no_run_left_is_kept(dense_folder, tmp_path):
+    """Also when it is the source itself: `quantize model.partial model`."""
+    source = tmp_path / "out.partial"
+    shutil.copytree(dense_folder, source)
+    with pytest.raises(FluteError, match="temporary output exists"):
+        quantize_checkpoint(source, tmp_path / "out", QuantizeSettings(scale="absmax"))
+    assert sorted(p.name for p in source.iterdir()) == sorted(
+        p.name for p in dense_folder.iterdir()
+    )
+
+
+def test_weights_beside_model_safetensors_are_not_the_model(dense_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dense_folder, folder)
+    single = Checkpoint(write_single(folder))
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert Checkpoint(folder).tensors == single.tensors
+
+
+def write_single(folder: Path) -> Path:
+    """Merges the shards of a folder into model.safetensors."""
+    checkpoint = Checkpoint(folder)
+    tensors = {name: checkpoint.load(name) for name in checkpoint.tensors}
+    for file in (*checkpoint.files, folder / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_full_disk_while_writing(dense_folder, tmp_path, monkeypatch):

@@ -249,3 +249,15 @@ def test_names_without_the_base_prefix(tmp_path):
     plan = plan_checkpoint(Checkpoint(folder), QuantizeSettings())
     assert len(plan.specs) == 14
     assert "layers.0.mlp.down_proj" in plan.specs
+
+
+@pytest.mark.parametrize("exponent", [-34, -36, -38, -40])
+def test_vanishing_groups_are_quantized(exponent):
+    """The inverse of such a scale overflows float32; the search must not index with it."""
+    weight = torch.linspace(-1, 1, 64).repeat(4, 1)
+    weight[1] = weight[1] * 10.0**exponent
+    weight[1, 7] = 0.0
+    spec = LayerSpec(4, 64)
+    result = quantize_tensor(weight.bfloat16(), spec, normal_float(4).values, "search")
+    assert result.scales.isfinite().all()
+    assert torch.isfinite(dequantize(**result.tensors(), bits=4)).all()

@@ -7,6 +7,7 @@ waits for all of them.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,14 @@ ZOO_SPECS = {
 }
 ZOO_GEOMETRY = {
     "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    "num_key_value_heads": 8, "head_dim": 64,
 }  # fmt: skip
+
+
+def zoo_geometry(name: str) -> dict:
+    # Tied, but for the one that is reloaded: vLLM's CPU head keeps a packed copy of a tied
+    # embedding, which its reload does not renew.
+    return {**ZOO_GEOMETRY, "tie_word_embeddings": name != "zoo_w4_tables"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
         folders[name] = folder
     for seed, (name, options) in enumerate(ZOO_SPECS.items()):
         folder = root / name
-        write_tiny_model(folder / "dense", "llama", 100 + seed, **ZOO_GEOMETRY)
+        write_tiny_model(folder / "dense", "llama", 100 + seed, **zoo_geometry(name))
         source = load_file(folder / "dense" / "model.safetensors")
         config = json.loads((folder / "dense" / "config.json").read_text())
         twin = write_zoo_checkpoint(folder / "quantized", source, config=config, **options)
@@ -135,11 +142,48 @@ def broken(models) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(models, adapter, broken) -> dict[str, dict]:
+def reloads(models) -> dict[str, Path]:
+    """Copies of two checkpoints; ``other`` holds weights of the same shapes from another seed."""
+    folders = {}
+    for name in ("llama", "zoo_w4_tables"):
+        folder = models[name] / "reload"
+        shutil.copytree(models[name] / "quantized", folder)
+        geometry = zoo_geometry(name) if name.startswith("zoo") else {}
+        source = write_tiny_model(models[name] / "dense2", "llama", 77, **geometry)
+        if name == "llama":
+            write_native(source, folder / "other", NATIVE_SPECS[name], folder / "twin")
+        else:
+            state = load_file(source / "model.safetensors")
+            config = json.loads((source / "config.json").read_text())
+            twin = write_zoo_checkpoint(folder / "other", state, config=config, **ZOO_SPECS[name])
+            (folder / "twin").mkdir()
+            save_file(twin, folder / "twin" / "model.safetensors", metadata={"format": "pt"})
+            (folder / "twin" / "config.json").write_text(json.dumps(config))
+        folders[name] = folder
+    return folders
+
+
+@pytest.fixture(scope="module")
+def incomplete(models) -> Path:
+    """The llama checkpoint without its last norm, which is no part of a quantized layer."""
+    folder = models["llama"] / "incomplete"
+    folder.mkdir()
+    source = models["llama"] / "quantized"
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(models, adapter, broken, incomplete, reloads) -> dict[str, dict]:
     """Results of every job that needs one process."""
     jobs = {name: job(models, name) for name in models}
-    jobs["llama"] = job(models, "llama", reload=True)
-    jobs["zoo_w4_tables"] = job(models, "zoo_w4_tables", reload=True)
+    for name, folder in reloads.items():
+        jobs[f"{name} reloaded"] = {
+            **job(models, name), "model": str(folder), "reload_from": str(folder / "other"),
+        }  # fmt: skip
     lora = {"enable_lora": True, "max_lora_rank": 8}
     jobs["lora"] = job(models, "llama", engine=lora, lora=str(adapter))
     jobs["fp16 as bf16"] = job(models, "llama_bias", engine={"dtype": "bfloat16"})
@@ -149,6 +193,7 @@ def single(models, adapter, broken) -> dict[str, dict]:
         "model": str(ZOO), "prompts": PROMPTS, "engine": {"quantization": "flute"},
     }  # fmt: skip
     jobs["broken"] = {"model": str(broken), "prompts": PROMPTS}
+    jobs["incomplete"] = {"model": str(incomplete), "prompts": PROMPTS}
     jobs["other flag"] = job(models, "llama", engine={"quantization": "gptq"})
     return dict(zip(jobs, run_jobs(list(jobs.values())), strict=True))
 
@@ -172,8 +217,11 @@ def test_answers_equal_transformers_on_the_dense_twin(single, models, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "zoo_w4_tables"])
-def test_reloaded_weights_give_the_same_answers(single, name):
-    assert single[name]["after_reload"] == outputs(single[name])
+def test_reloaded_weights_give_the_answers_of_the_new_ones(single, reloads, name):
+    result = single[f"{name} reloaded"]
+    assert outputs(result) == outputs(single[name])
+    expected = greedy_with_transformers(reloads[name] / "twin")
+    assert_equal_answers(result["after_reload"], expected, tolerance=1e-3)
 
 
 def test_lora_over_quantized_linears_equals_merged_weights(single, models, adapter, tmp_path):
@@ -213,6 +261,12 @@ def test_missing_tensor_stops_the_engine_and_is_named(single):
     assert "flute: missing tensor" in error
     assert "model.layers.1.mlp.down_proj" in error
     assert "scales" in error
+
+
+def test_missing_dense_tensor_stops_the_engine_and_is_named(single):
+    error = single["incomplete"]["error"]
+    assert "flute: missing tensor" in error
+    assert "model.norm.weight" in error
 
 
 def test_contradicting_quantization_flag_is_refused(single):

@@ -72,12 +72,14 @@ class FluteConfig(QuantizationConfig):
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             return
         from flute_vllm.checkpoint import Checkpoint
+        from flute_vllm.completeness import check_complete
 
         checkpoint = Checkpoint(folder)
         if self.schema is not None:
-            from flute_vllm.validate import validate_checkpoint
+            from flute_vllm.validate import quantized_modules, validate_checkpoint
 
             validate_checkpoint(checkpoint)
+            check_complete(checkpoint, set(quantized_modules(checkpoint)))
             return
         # What the folder says beyond the parsed file (tile hints) belongs to the importer too.
         self.importer = find(checkpoint) or self.importer
@@ -88,23 +90,24 @@ class FluteConfig(QuantizationConfig):
                 why=f"flute_config.json announces the {self.importer.name} layout, and no tensor "
                 "has it", fix="drop --quantization flute to serve the dense weights",
             )  # fmt: skip
+        check_complete(checkpoint, set(self.foreign_modules))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Adds vLLM's module names to those of the checkpoint in the config's patterns."""
         if self.schema is None:
             return
-        skipped = self.schema.modules_to_not_convert
-        overrides = {
-            pattern: change for pattern, change in self.schema.overrides.items()
-            if not pattern.startswith("re:")
-        }  # fmt: skip
-        plain = [pattern for pattern in skipped if not pattern.startswith("re:")]
-        mapped_skips = [*skipped, *hf_to_vllm_mapper.apply_list(plain)]
-        mapped_overrides = {**self.schema.overrides, **hf_to_vllm_mapper.apply_dict(overrides)}
+
+        def both(pattern: str) -> list[str]:
+            is_name = not pattern.startswith("re:")
+            return [pattern, *(hf_to_vllm_mapper.apply_list([pattern]) if is_name else [])]
+
+        # Each mapped pattern stands beside its original: the first match counts.
+        skipped = [name for p in self.schema.modules_to_not_convert for name in both(p)]
+        overrides = {n: change for p, change in self.schema.overrides.items() for n in both(p)}
         self.schema = self.schema.model_copy(
             update={
-                "modules_to_not_convert": list(dict.fromkeys(mapped_skips)),
-                "overrides": mapped_overrides,
+                "modules_to_not_convert": list(dict.fromkeys(skipped)),
+                "overrides": overrides,
             }
         )
 

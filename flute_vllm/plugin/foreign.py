@@ -63,12 +63,14 @@ class ForeignLinearMethod(FluteLinearMethod):
         )  # fmt: skip
         for name, parameter in native.items():
             layer.register_parameter(name, parameter)
+        # vLLM's reload counts what a loader copies, at most the size of its parameter, and passes
+        # over a layer for which it counted nothing: hence one element, not none.
         for suffix in self.importer.tensor_suffixes:
             if suffix not in native:
-                layer.register_parameter(
-                    suffix,
-                    BasevLLMParameter(data=torch.empty(0), weight_loader=collector.loader(suffix)),
+                placeholder = BasevLLMParameter(
+                    data=torch.zeros(1), weight_loader=collector.loader(suffix)
                 )
+                layer.register_parameter(suffix, placeholder)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.check_loaded(layer, self.importer.required_suffixes)
@@ -78,6 +80,7 @@ class ForeignLinearMethod(FluteLinearMethod):
         scale_dtype = layer.flute_scale_dtype or self.spec.torch_scale_dtype
         layer.scales.data = layer.scales.data.to(scale_dtype)
         layer.table.data = layer.table.data.to(scale_dtype)
+        layer.flute_scale_dtype = None  # a reload may bring another one
         self.finish(layer)
 
 

@@ -166,7 +166,8 @@ class FluteLinearMethod(LinearMethodBase):
     def finish(self, layer: torch.nn.Module) -> None:
         """Replaces vLLM's loading parameters with plain ones, under the same names."""
         tensors = {name: getattr(layer, name).data.contiguous() for name in TENSOR_NAMES}
-        if tensors["qweight"].is_cuda and layer.flute_dtype in (torch.float16, torch.bfloat16):
+        is_16_bit = layer.flute_dtype in (torch.float16, torch.bfloat16)
+        if tensors["qweight"].is_cuda and is_16_bit and ops.has_cuda_kernels():
             tensors = self._to_gpu_layout(layer, tensors)
         for name, tensor in tensors.items():
             replace_parameter(layer, name, Parameter(tensor, requires_grad=False))

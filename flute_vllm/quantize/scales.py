@@ -15,6 +15,7 @@ SCALE_METHODS = ("search", "absmax")
 # Fractions of the absmax scale that the search tries. NF tables at 4 bits and groups of 64 are
 # best near 0.9, at 2 bits near 0.5 (a fixed table spends its two ends on rare values).
 SHRINK_FACTORS = (0.40, 0.48, 0.56, 0.64, 0.71, 0.77, 0.83, 0.88, 0.93, 0.98, 1.04)
+SMALLEST_SCALE = 1e-30  # below, inverses overflow float32: such a group keeps its absmax scale
 _BINS = 4096  # resolution of the approximate lookup that scores candidates
 
 
@@ -124,13 +125,14 @@ def searched_scales(weights: torch.Tensor, quantizer: Quantizer) -> torch.Tensor
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, scale, best_scale)
     refined, gain = _refit(weights, best_scale, quantizer)
-    return torch.where(gain > best_gain, refined, best_scale)
+    best_scale = torch.where(gain > best_gain, refined, best_scale)
+    return torch.where(start < SMALLEST_SCALE, start, best_scale)
 
 
 def _refit(
     weights: torch.Tensor, candidate: torch.Tensor, quantizer: Quantizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    inverse = torch.where(candidate == 0, 0.0, 1 / candidate)
+    inverse = torch.where(candidate.abs() < SMALLEST_SCALE, 0.0, 1 / candidate)
     values = quantizer.approximate_values(weights, inverse)
     product = torch.linalg.vecdot(weights, values)
     norm = torch.linalg.vecdot(values, values)
