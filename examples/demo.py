@@ -33,7 +33,7 @@ BINARIES = Path(sys.executable).parent
 PROMPT = """def walk(path):
     for name in os.listdir(path):
 """
-START_LIMIT_S = 300  # a cold start on 2 cores takes 30 to 90 s
+START_LIMIT_S = 300  # generous: importing vLLM is slow on a busy machine
 console = Console()
 
 

@@ -14,16 +14,16 @@ namespace {
 
 namespace ts = torch::stable;
 
-// From this many rows of x, a dense GEMM on decoded blocks beats decoding beside the sums. On Zen 4
-// both take 25 ms at 32 rows (N 14336, K 4096, 1 thread). Where there is the matrix unit AMX, the
-// dense GEMM should win earlier: it outruns vector code by far (an estimate, not measured).
+// From this many rows of x, a dense GEMM on decoded blocks beats decoding beside the sums: at 32
+// rows the latter still wins on Zen 4 (benchmarks/results/cpu/linear.json). Where there is the
+// matrix unit AMX, the dense GEMM should win earlier (an estimate, not measured).
 int64_t dense_rows() {
   static const int64_t rows = cpu::has_amx_bf16() ? 12 : 40;
   return rows;
 }
 
-// Decoded weight at a time. 4 MB is 5% faster on an idle machine, but each block waits for all
-// threads twice, which costs more than that beside other processes.
+// Decoded weight at a time: small enough for the last level of cache, and not smaller, because each
+// block waits for all threads twice.
 constexpr int64_t kScratchBytes = 8 << 20;
 // Multiply-adds that are worth a thread: below, waking it costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 18;

@@ -3,7 +3,7 @@
 A job is a dict: ``model`` (folder), ``engine`` (arguments of vllm.LLM), ``prompts`` (token ids),
 ``tokens``, optional ``lora`` (folder), ``reload`` (true: answer again after reload_weights),
 ``reload_from`` (the same with the weights of another folder, which overwrite the model's). Jobs
-of one file run one after another in one process, which saves vLLM's import of 10 to 20 s each.
+of one file run one after another in one process, which saves vLLM's import each time.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ import torch
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from flute_vllm import ops
 from flute_vllm.errors import FluteError
 from flute_vllm.format import SCALE_DTYPES, TENSOR_NAMES
 from flute_vllm.importers import Importer
 from flute_vllm.plugin.linear import FluteLinearMethod, check_shardable
-from flute_vllm.plugin.tracking import LoadAccount, check_tensor, expected_rows, layer_parts
+from flute_vllm.plugin.tracking import check_tensor, expected_rows
 
 
 @register_weight_loader_v2_supported_method
@@ -47,10 +46,8 @@ class ForeignLinearMethod(FluteLinearMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        ops.load()
         check_shardable(self.prefix, self.spec, input_size, input_size_per_partition)
-        self.describe(layer, input_size_per_partition, output_partition_sizes, params_dtype)
-        layer.flute_account = LoadAccount(self.prefix, layer_parts(layer))
+        self.prepare(layer, input_size_per_partition, output_partition_sizes, params_dtype)
         layer.flute_scale_dtype = None
         collector = _Collector(
             self, layer, extra_weight_attrs["weight_loader"], input_size, output_size

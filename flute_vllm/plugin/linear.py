@@ -57,10 +57,8 @@ class FluteLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        ops.load()
         check_shardable(self.prefix, self.spec, input_size, input_size_per_partition)
-        self.describe(layer, input_size_per_partition, output_partition_sizes, params_dtype)
-        layer.flute_account = LoadAccount(self.prefix, layer_parts(layer))
+        self.prepare(layer, input_size_per_partition, output_partition_sizes, params_dtype)
         inner = extra_weight_attrs["weight_loader"]
 
         def loader(name: str) -> Callable:
@@ -73,9 +71,10 @@ class FluteLinearMethod(LinearMethodBase):
             layer.register_parameter(name, parameter)
         self._announce()
 
-    @staticmethod
-    def describe(layer, in_features: int, parts: list[int], dtype: torch.dtype) -> None:
-        """Notes on the layer what the forward call needs beside its tensors."""
+    def prepare(self, layer, in_features: int, parts: list[int], dtype: torch.dtype) -> None:
+        """Notes on the layer what loading and the forward call need beside its tensors."""
+        ops.load()
+        layer.flute_account = LoadAccount(self.prefix, layer_parts(layer))
         layer.flute_in_features = in_features
         layer.flute_parts = list(parts)
         layer.flute_dtype = dtype  # of activations
