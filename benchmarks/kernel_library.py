@@ -32,6 +32,16 @@ class DecodeConfig(ctypes.Structure):
     ]
 
 
+class Sm90Config(ctypes.Structure):
+    """As in launch.h."""
+
+    FIELDS = (
+        *("columns", "row_tiles", "row_groups"),
+        *("splits", "stages", "x_stages", "overlap"),
+    )
+    _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
+
+
 def device() -> tuning.Device:
     properties = torch.cuda.get_device_properties(0)
     return tuning.Device(
@@ -134,4 +144,17 @@ class Library:
         records = layer.records if records is None else records
         arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y)
         self._call(self.c.flute_decode, layer.matrix, *arguments)
+        return y
+
+    def sm90_gemm(
+        self,
+        layer: Layer,
+        config: tuple[int, ...],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        records: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        records = layer.records if records is None else records
+        arguments = (ctypes.byref(Sm90Config(*config)), x.shape[0], x, records, layer.table, y)
+        self._call(self.c.flute_sm90_gemm, layer.matrix, *arguments)
         return y

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "decode_launch.cuh"
+#include "sm90_launch.cuh"
 
 extern "C" {
 
@@ -22,12 +23,30 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
   return flute::kBadShape;
 }
 
+int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
+                    const void* x, const void* records, const void* table, void* y, void* stream) {
+  if (flute_record_words(matrix) < 0 || m < 1 || reinterpret_cast<uintptr_t>(x) % 16)
+    return flute::kBadShape;
+  auto* s = static_cast<cudaStream_t>(stream);
+  switch (matrix->bits) {
+    case 4:
+      return flute::sm90_w4(*matrix, *config, m, x, records, table, y, s);
+    case 3:
+      return flute::sm90_w3(*matrix, *config, m, x, records, table, y, s);
+    case 2:
+      return flute::sm90_w2(*matrix, *config, m, x, records, table, y, s);
+  }
+  return flute::kBadShape;
+}
+
 const char* flute_error_text(int error) {
   switch (error) {
     case flute::kBadShape:
       return "shape, dtype, bits or group size outside the format";
     case flute::kBadConfig:
       return "launch configuration not possible on this device";
+    case flute::kNoTensorMaps:
+      return "this driver has no tensor maps: it is older than CUDA 12";
   }
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

@@ -1,15 +1,11 @@
 // From a problem and a configuration to a launch of decode_kernel. Included by the decode_w*.cu.
 #pragma once
 
-#include <atomic>
-
 #include "decode.cuh"
 #include "errors.h"
+#include "launch_common.cuh"
 
 namespace flute {
-
-constexpr int kMaxDevices = 64;
-constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
@@ -44,19 +40,12 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
   return plan;
 }
 
-inline int log2_of(int power) {
-  return power <= 1 ? 0 : 1 + log2_of(power / 2);
-}
-
 template <typename Shape>
 int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
                  const void* records, const void* table, void* y, cudaStream_t stream) {
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-
+  DeviceLimits device;
+  if (const int error = device.load()) return error;
+  const int limit = device.shared_limit;
   if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
     return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
@@ -64,19 +53,9 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
       config.splits > 8 || (config.splits & (config.splits - 1)))
     return kBadConfig;
 
-  // Which of the compiled versions this device runs; asked and prepared once.
   static std::atomic<int> versions[kMaxDevices];
-  int version = device < kMaxDevices ? versions[device].load(std::memory_order_relaxed) : 0;
-  if (version == 0) {
-    cudaFuncAttributes code;
-    error = cudaFuncGetAttributes(&code, decode_kernel<Shape>);
-    if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(decode_kernel<Shape>,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    if (error != cudaSuccess) return error;
-    version = code.ptxVersion;
-    if (device < kMaxDevices) versions[device].store(version, std::memory_order_relaxed);
-  }
+  if (const int error = device.prepare(decode_kernel<Shape>, versions)) return error;
+  const int version = device.ptx_version;
   const bool wide = has_wide_table(version), hopper = version >= 90;
   if (config.splits > 1 && !hopper) return kBadConfig;
 
@@ -133,24 +112,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
   const int blocks = params.first_block[matrix.parts];
 
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(blocks * config.splits);
-  launch.blockDim = dim3(Shape::kThreads);
-  launch.dynamicSmemBytes = plan.total;
-  launch.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  launch.attrs = attributes;
-  if (config.splits > 1) {
-    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[launch.numAttrs].val.clusterDim = {static_cast<unsigned>(config.splits), 1, 1};
-    launch.numAttrs++;
-  }
-  if (config.overlap && hopper) {
-    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[launch.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-    launch.numAttrs++;
-  }
-  return cudaLaunchKernelEx(&launch, decode_kernel<Shape>, params);
+  return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
+                       plan.total, config.splits, config.overlap && hopper, stream, params);
 }
 
 // One function for each bit width, each in a file of its own so that they build side by side.

@@ -4,8 +4,9 @@
 namespace flute {
 
 enum Error {
-  kBadShape = 10001,   // a shape, dtype, bit width or group size outside the format
-  kBadConfig = 10002,  // a launch configuration that this device or problem does not allow
+  kBadShape = 10001,      // a shape, dtype, bit width or group size outside the format
+  kBadConfig = 10002,     // a launch configuration that this device or problem does not allow
+  kNoTensorMaps = 10003,  // the driver does not offer cuTensorMapEncodeTiled
 };
 
 }  // namespace flute

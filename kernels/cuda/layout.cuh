@@ -81,6 +81,7 @@ struct Parts {
   int row[FLUTE_MAX_PARTS + 1];   // first row of each part; row[count] = n
   int tile[FLUTE_MAX_PARTS + 1];  // first row tile of each part
 
+  Parts() = default;
   __host__ explicit Parts(const FluteMatrix& matrix) : count(matrix.parts) {
     row[0] = tile[0] = 0;
     for (int i = 0; i < count; i++) {

@@ -14,6 +14,19 @@ namespace flute {
 #define FLUTE_HAS_BULK 0
 #endif
 
+// Calls body with Constant<0> .. Constant<Count - 1>, for what must be known to the compiler.
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+template <int Count, int From = 0, typename Body>
+__device__ __forceinline__ void for_constants(Body&& body) {
+  if constexpr (From < Count) {
+    body(Constant<From>{});
+    for_constants<Count, From + 1>(body);
+  }
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -65,6 +78,21 @@ __device__ __forceinline__ float load_shared_float(uint32_t address) {
 
 __device__ __forceinline__ void store_shared_float(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared_float4(uint32_t address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
 }
 
 __device__ __forceinline__ void store_shared4(uint32_t address, uint4 value) {
@@ -185,6 +213,20 @@ __device__ __forceinline__ float load_cluster_float(uint32_t address, uint32_t r
   return value;
 }
 
+__device__ __forceinline__ float4 load_cluster_float4(uint32_t address, uint32_t rank) {
+  float4 v;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
+      "}\n"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void allow_next_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -260,6 +302,40 @@ __device__ __forceinline__ __half narrow<__half>(float value) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
+}
+
+__device__ __forceinline__ void add(float4& a, float4 b) {
+  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
+
+// Two floats as a word of 16-bit floats, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Products of two words of 16-bit floats.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;  // mul.bf16x2 needs sm_90; a sum with -0 rounds the same
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  return r;
 }
 
 }  // namespace flute

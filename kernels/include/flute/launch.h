@@ -38,6 +38,18 @@ typedef struct {
                       // with n of the slots requested before the previous kernel has finished
 } FluteDecodeConfig;
 
+// How a launch of the Hopper kernel for more rows of x is cut; flute_vllm/tuning.py chooses it.
+typedef struct {
+  int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128
+  int32_t row_tiles;   // 16-row tiles of w that a block computes
+  int32_t row_groups;  // groups of a block's 4 warpgroups that share these tiles: 1, 2, 4; within a
+                       // group the warpgroups split k
+  int32_t splits;      // blocks of a cluster that split k: 1, 2, 4 or 8
+  int32_t stages;      // pairs of k tiles of weights in shared memory
+  int32_t x_stages;    // k tiles of x there, for each of the warpgroups that split k
+  int32_t overlap;     // as above, in steps
+} FluteSm90Config;
+
 // Words (int32) of the internal layout of a matrix.
 FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
 
@@ -53,6 +65,11 @@ FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, c
 FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                            const void* x, const void* records, const void* table, void* y,
                            void* stream);
+
+// The same for any m, on compute capability 9.0.
+FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
+                              const void* x, const void* records, const void* table, void* y,
+                              void* stream);
 
 FLUTE_API const char* flute_error_text(int error);
 

@@ -1,0 +1,10 @@
+// Hopper kernels for 2-bit codes and more than a few rows of x.
+#include "sm90_launch.cuh"
+
+namespace flute {
+
+int sm90_w2(FLUTE_SM90_ARGUMENTS) {
+  return launch_sm90_bits<2>(matrix, config, m, x, records, table, y, stream);
+}
+
+}  // namespace flute
