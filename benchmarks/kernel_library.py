@@ -113,9 +113,12 @@ class Library:
         self._call(self.c.flute_repack, matrix, layer.qweight, layer.scales, records)
         return layer
 
-    def dequantize(self, layer: Layer) -> torch.Tensor:
+    def dequantize(self, layer: Layer, *, poison: bool = True) -> torch.Tensor:
+        """Dense [N, K]. ``poison`` fills it with NaN first; a benchmark does without."""
         shape, dtype = (layer.matrix.n, layer.matrix.k), layer.scales.dtype
-        w = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        w = torch.empty(shape, dtype=dtype, device="cuda")
+        if poison:
+            w.fill_(float("nan"))
         self._call(self.c.flute_dequantize, layer.matrix, layer.records, layer.table, w)
         return w
 
