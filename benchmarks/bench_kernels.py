@@ -335,7 +335,7 @@ def main() -> int:
     result = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
         "commit": arguments.commit or head_commit(), "command": "python " + " ".join(sys.argv),
-        "roofline": limits, "peers": state, "rows": [],
+        "roofline": limits, "peer_state": state, "rows": [],
     }  # fmt: skip
     for row in bench(ours, others, arguments, budget, limits["read_TBps"], state):
         result["rows"].append(row)
