@@ -4,11 +4,11 @@
         humming,bnb] [--budget-s 480] [--check-targets] [--sweep 20 --tuning h200.json]
 
 Microseconds per call, median over replays of a CUDA graph that holds the calls back to back, with
-weights rotating over more than 280 MB so that L2 holds none; peers (``peers.py``) are timed on the
-same shapes in the same process. ``floor`` is bytes / measured read bandwidth. ``error`` and
-``dense_error`` are relative errors of our kernel and of torch.matmul on the dequantized weight,
-both against a float64 product with the exact weight. ``--sweep`` tries several configurations of
-the decode kernel and writes the best to ``--tuning``.
+weights rotating over more than 280 MB so that L2 holds none; peers (``flute_vllm/tools/``)
+are timed on the same shapes in the same process. ``floor`` is bytes / measured read bandwidth.
+``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul on the
+dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries several
+configurations of the decode kernel and writes the best to ``--tuning``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import peers as peer_library
 import targets
 import torch
 from kernel_library import Layer, Library, device
-from timing import Budget, copies_for, graph_us, roofline
 
 from flute_vllm import tuning
+from flute_vllm.tools import peers as peer_library
+from flute_vllm.tools.timing import Budget, copies_for, graph_us, roofline
 
 SHAPES = {
     "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},

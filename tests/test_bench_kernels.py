@@ -14,9 +14,9 @@ from flute_vllm import format as fmt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_kernels  # noqa: E402
-import peers  # noqa: E402
 import targets  # noqa: E402
-import timing  # noqa: E402
+
+from flute_vllm.tools import peers, timing  # noqa: E402
 
 
 def row(m: int, us: float | None, layer: str = "o", family: str = "8b", **fields) -> dict:

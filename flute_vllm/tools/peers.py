@@ -233,11 +233,16 @@ class Humming(Peer):
         deadline = time.monotonic() + limit_s
 
         def build(job: tuple) -> str | None:
-            command = [sys.executable, __file__, "--compile-humming", *map(str, job)]
+            command = [sys.executable, "-m", __spec__.name, "--compile-humming", *map(str, job)]
             left = deadline - time.monotonic()
             try:
                 done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=max(left, 1), check=False
+                    command,
+                    capture_output=True,
+                    text=True,
+                    timeout=max(left, 1),
+                    check=False,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )
             except subprocess.TimeoutExpired:
                 return f"{job}: not compiled within {limit_s:.0f} s"
