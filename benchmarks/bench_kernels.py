@@ -1,10 +1,14 @@
-"""Times the decode kernels on the layer shapes of LLaMA-3-8B and 70B (also its TP=4 shards).
+"""Times the kernels on the layer shapes of LLaMA-3-8B and 70B (also its TP=4 shards).
 
-    python benchmarks/bench_kernels.py LIBRARY [--bits 4,3,2] [--ms 1,2,4,8,16,32] [--sweep]
+    python benchmarks/bench_kernels.py LIBRARY [--ms 1,16,256,8192] [--peers cublas,marlin,machete,
+        humming,bnb] [--budget-s 480] [--check-targets] [--sweep 20 --tuning h200.json]
 
 Microseconds per call, median over replays of a CUDA graph that holds the calls back to back, with
-weights rotating over more than 256 MB so that L2 holds none. ``floor`` is bytes / measured read
-bandwidth. ``--sweep`` tries several configurations and writes the best to ``--tuning``.
+weights rotating over more than 280 MB so that L2 holds none; peers (``flute_vllm/tools/``)
+are timed on the same shapes in the same process. ``floor`` is bytes / measured read bandwidth.
+``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul on the
+dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries several
+configurations of the decode kernel and writes the best to ``--tuning``.
 """
 
 from __future__ import annotations
@@ -12,16 +16,20 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
-import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 
+import targets
 import torch
-from kernel_library import Library, device
+from kernel_library import Layer, Library, device
 
 from flute_vllm import tuning
+from flute_vllm.tools import peers as peer_library
+from flute_vllm.tools.timing import Budget, copies_for, graph_us, roofline
 
 SHAPES = {
     "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
@@ -38,44 +46,103 @@ SHAPES = {
         "down": (8192, 7168),
     },
 }
-ROTATE_BYTES = 280e6
+CHECK_ROWS = 16  # of x in the one check of a peer
+WRONG = 0.02  # relative error of 16-bit kernels is below 0.005
+COMPILE_S = 300  # for peers that compile, where no budget is given
+ERROR_BLOCK = 8192  # rows of the weight held in float64 at once
 
 
-def event_us(function, repeats: int = 1) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / repeats
+@dataclass
+class Ours:
+    """Our kernels behind one call; ``config`` replaces the choice of the decode launch."""
+
+    library: Library
+    gpu: tuning.Device
+    config: tuning.Config | None = None
+
+    def choice(self, layer: Layer, m: int) -> tuning.Config | None:
+        """The decode launch of m rows, None where another kernel runs."""
+        if m > tuning.MAX_ROWS:
+            return None
+        matrix = layer.matrix
+        problem = tuning.Problem(matrix.n, matrix.k, m, matrix.bits, matrix.group_size)
+        return self.config or tuning.select(problem, self.gpu, environment={})
+
+    def __call__(self, layer: Layer, x: torch.Tensor, y: torch.Tensor, m: int) -> torch.Tensor:
+        """y [m, N] = x [m, K] times the weight of the layer."""
+        config = self.choice(layer, m)
+        if config is not None:
+            return self.library.decode(layer, config, x, y)
+        return torch.mm(x, self.library.dequantize(layer, poison=False).t(), out=y)
 
 
-def graph_us(functions, calls: int, replays: int) -> float:
-    for function in functions[:2]:
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            functions[i % len(functions)]()
-    for _ in range(4):  # the first replays over fresh memory are up to 15 % slower
-        graph.replay()
-    torch.cuda.synchronize()
-    return statistics.median(event_us(graph.replay) / calls for _ in range(replays))
+@dataclass
+class Case:
+    """One layer of one format, ready to be timed: copies of ours and of each peer's weight."""
+
+    family: str
+    name: str
+    layer: Layer
+    copies: list[Layer]
+    exact: torch.Tensor  # [N, K] float32, products of table and scale without rounding
+    dense: torch.Tensor  # [N, K] rounded to the dtype
+    peers: dict[str, list[tuple]]  # functions of x, one for each copy
+    reasons: dict[str, str]  # why a peer has none
 
 
-def roofline() -> dict[str, float]:
-    source = torch.empty(1 << 29, dtype=torch.int32, device="cuda").random_()
-    target, size = torch.empty_like(source), source.numel() * 4
-    torch.amax(source)
-    read = size / min(event_us(lambda: torch.amax(source), 3) for _ in range(7)) / 1e6
-    copy = 2 * size / min(event_us(lambda: target.copy_(source), 3) for _ in range(7)) / 1e6
-    source = target = None
-    a = torch.randn(8192, 8192, device="cuda").bfloat16()
-    a @ a
-    product = 2 * 8192**3 / statistics.median(event_us(lambda: a @ a, 2) for _ in range(5)) / 1e6
-    return {"read_TBps": read, "copy_TBps": copy, "bf16_TFLOPs": product}
+def relative_error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+    """||y - x weight^T|| / ||x weight^T||, the product in float64; infinite for a NaN in y."""
+    wide, wrong, total = x.double(), 0.0, 0.0
+    for first in range(0, weight.shape[0], ERROR_BLOCK):
+        columns = slice(first, first + ERROR_BLOCK)
+        exact = wide @ weight[columns].double().t()
+        wrong += float((y[:, columns].double() - exact).square().sum())
+        total += float(exact.square().sum())
+    error = (wrong / total) ** 0.5
+    return error if error == error else float("inf")
+
+
+def prepare(
+    library: Library, family: str, name: str, bits: int, group: int, pair: bool,
+    dtype: torch.dtype, others: dict[str, peer_library.Peer], state: dict,
+) -> Case:  # fmt: skip
+    n, k = SHAPES[family][name]
+    layer = library.random_layer(n, k, bits, group, dtype, pair=pair)
+    exact, dense = layer.dense(torch.float32), layer.dense()
+    count = copies_for(layer.records.numel() * 4)
+    copies = [layer] + [replace(layer, records=layer.records.clone()) for _ in range(count - 1)]
+    functions, reasons = {}, {}
+    for peer_name, peer in others.items():
+        reason = peer.refusal(n, k, bits, group)
+        if reason is None:
+            try:
+                functions[peer_name] = _rotations(peer, dense, bits, group, state)
+            except Exception as error:  # noqa: BLE001 - a peer that fails is a result to record
+                reason = peer_library.describe(error)
+        if reason is not None:
+            reasons[peer_name] = reason
+    return Case(family, name, layer, copies, exact, dense, functions, reasons)
+
+
+def _rotations(peer, weight: torch.Tensor, bits: int, group: int, state: dict) -> list:
+    """Calls of a peer, one for each copy of its weight; checks its result at first use.
+
+    Raises ValueError where a peer does not compute with its own dequantized weight.
+    """
+    prepared = peer.prepare(weight, bits, group)
+    key = f"{bits} bits g{group} {str(weight.dtype).removeprefix('torch.')}"
+    errors = state[peer.name].setdefault("errors", {})
+    if key not in errors:
+        errors[key] = peer_library.relative_error(prepared, CHECK_ROWS)
+    if not errors[key] < WRONG:
+        raise ValueError(f"wrong results: relative error {errors[key]:.3g}")
+    prepared.dense, count = None, copies_for(prepared.nbytes)
+    copies = [tuple(t.clone() for t in prepared.tensors) for _ in range(count - 1)]
+    return [functools.partial(_call, prepared.call, t) for t in [prepared.tensors, *copies]]
+
+
+def _call(call, tensors: tuple, x: torch.Tensor) -> torch.Tensor:
+    return call(x, tensors)
 
 
 def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
@@ -88,117 +155,199 @@ def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
     return sorted(full, key=full.get, reverse=True)[:limit]
 
 
-def decode_us(library, layer, records, x, y, calls, replays, config, overlap) -> float:
-    config = replace(config, overlap=overlap)
-    functions = [functools.partial(library.decode, layer, config, x, y, r) for r in records]
-    return graph_us(functions, calls, replays)
+def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: float, arguments):
+    """(microseconds, microseconds with overlap or None, config or None): the best of a sweep."""
+    m = x.shape[0]
+
+    def timed(config: tuning.Config | None) -> float:
+        run = replace(ours, config=config)
+        functions = [functools.partial(run, layer, x, y, m) for layer in case.copies]
+        estimate = floor + 3 if config else 0.0
+        return graph_us(functions, arguments.replays, estimate_us=estimate)
+
+    config = ours.choice(case.layer, m)
+    if config is None:
+        return timed(None), None, None
+    configs = [config]
+    if arguments.sweep:
+        matrix = case.layer.matrix
+        problem = tuning.Problem(matrix.n, matrix.k, m, matrix.bits, matrix.group_size)
+        configs = sweep_candidates(problem, ours.gpu, arguments.sweep)
+    plain, config = min(
+        ((timed(replace(config, overlap=0)), config) for config in configs), key=lambda p: p[0]
+    )
+    # overlap 1: the next launch starts early; as many as slots: it may also fetch weights
+    overlapped = min(timed(replace(config, overlap=early)) for early in (1, config.slots))
+    return plain, overlapped, config
 
 
-def bench(library: Library, arguments, gpu: tuning.Device, read_tbps: float):
-    best: dict[str, list[int]] = {}
-    for family in arguments.families.split(","):
-        for layer_name, (n, k) in SHAPES[family].items():
-            for bits, group, pair, dtype in arguments.formats:
-                layer = library.random_layer(n, k, bits, group, dtype, pair=pair)
-                layer.qweight = None
-                stored = layer.records.numel() * 4
-                copies = max(2, math.ceil(ROTATE_BYTES / stored))
-                records = [layer.records] + [layer.records.clone() for _ in range(copies - 1)]
-                dense = [torch.randn(n, k, device="cuda").to(dtype) for _ in range(2)]
-                for m in arguments.ms:
-                    x = torch.randn(m, k, device="cuda").to(dtype)
-                    y = x.new_empty(m, n)
-                    moved = stored + 2 * m * (n + k)
-                    floor = moved / read_tbps / 1e6
-                    calls = copies * max(1, round(500 / (floor + 3) / copies))
-                    calls = min(calls, max(copies if floor < 30 else 4, int(1500 / floor)))
-                    problem = tuning.Problem(n, k, m, bits, group)
-                    configs = [tuning.select(problem, gpu)]
-                    if arguments.sweep:
-                        configs = sweep_candidates(problem, gpu, arguments.sweep)
-
-                    time_config = functools.partial(
-                        decode_us, library, layer, records, x, y, calls, arguments.replays
-                    )
-                    plain, config = min(
-                        ((time_config(config, 0), config) for config in configs),
-                        key=lambda pair: pair[0],
-                    )
-                    overlapped, early = min(
-                        (time_config(config, early), early) for early in (1, config.slots)
-                    )
-                    row = {
-                        "family": family, "layer": layer_name, "n": n, "k": k, "m": m,
-                        "bits": bits, "group_size": group, "lut": "pair" if pair else "scalar",
-                        "dtype": str(dtype).removeprefix("torch."), "us": plain,
-                        "us_overlap": overlapped, "bytes": moved, "floor_us": floor,
-                        "target_us": floor / 0.88 + 2.5,
-                        "config": [config.row_tiles, config.row_warps, config.splits, config.slots],
-                        "peers": {},
-                    }  # fmt: skip
-                    if m in (1, 32) and bits == 4:
-                        linear = torch.nn.functional.linear
-                        functions = [functools.partial(linear, x, w) for w in dense]
-                        if n * k * 4 > 150e6:  # two copies pass through L2 without hits
-                            row["peers"]["cublas"] = graph_us(functions, 10, arguments.replays)
-                    key = f"{n},{k},{problem.width},{bits}"
-                    best[key] = row["config"]
-                    print(
-                        f"{family:8}{layer_name:8} W{bits}g{group:<4}{row['lut']:7}"
-                        f"{row['dtype']:9}m={m:<3} {plain:6.1f} overlap {overlapped:6.1f} "
-                        f"floor {floor:5.1f} target {row['target_us']:5.1f} {row['config']}",
-                        flush=True,
-                    )
-                    yield row, best
-                del records, dense, layer
-                torch.cuda.empty_cache()
+def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict:
+    matrix, dtype = case.layer.matrix, case.dense.dtype
+    x = torch.randn(m, matrix.k, device="cuda").to(dtype)
+    y = torch.full((m, matrix.n), float("nan"), dtype=dtype, device="cuda")
+    stored = case.layer.records.numel() * 4
+    moved = stored + 2 * m * (matrix.n + matrix.k)
+    floor = moved / read_tbps / 1e6
+    ours(case.layer, x, y, m)
+    row = row_head(case.family, case.name, m, matrix.bits, matrix.group_size, _pair(case), dtype)
+    row |= {
+        "us": None, "bytes": moved, "error": relative_error(y, x, case.exact),
+        "dense_error": relative_error(torch.matmul(x, case.dense.t()), x, case.exact),
+    }  # fmt: skip
+    us, overlapped, config = time_ours(ours, case, x, y, floor, arguments)
+    times, reasons = {}, dict(case.reasons)
+    for name, functions in case.peers.items():
+        try:
+            times[name] = graph_us([functools.partial(f, x) for f in functions], arguments.replays)
+        except Exception as error:  # noqa: BLE001 - recorded as the result of this peer
+            reasons[name] = peer_library.describe(error)
+            torch.cuda.synchronize()  # ends the run here if the device is lost
+    numbers = config and [config.row_tiles, config.row_warps, config.splits, config.slots]
+    return row | {
+        "us": us, "us_overlap": overlapped, "floor_us": floor, "target_us": floor / 0.88 + 2.5,
+        "config": numbers, "peers": times, "peers_missing": reasons,
+    }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def row_head(family, name, m, bits, group, pair: bool, dtype: torch.dtype) -> dict:
+    n, k = SHAPES[family][name]
+    return {
+        "family": family, "layer": name, "n": n, "k": k, "m": m, "bits": bits,
+        "group_size": group, "lut": "pair" if pair else "scalar",
+        "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def _pair(case: Case) -> bool:
+    return bool(case.layer.matrix.pair_table)
+
+
+def missing_row(head: dict, reason: str) -> dict:
+    nothing = dict.fromkeys(("us", "us_overlap", "bytes", "error", "dense_error", "floor_us"))
+    return head | nothing | {"target_us": None, "config": None, "peers": {}, "missing": reason}
+
+
+def bench(ours: Ours, others: dict, arguments, budget: Budget, read_tbps: float, state: dict):
+    """Yields a row for each layer, format and m; those after the budget say that they miss."""
+    layers = [(f, name) for f in arguments.families for name in SHAPES[f]]
+    for (family, name), (bits, group, pair, dtype) in product(layers, arguments.formats):
+        case = None
+        for m in arguments.ms:
+            if budget.is_over():
+                head = row_head(family, name, m, bits, group, pair, dtype)
+                yield missing_row(head, budget.reason())
+                continue
+            if case is None:
+                case = prepare(
+                    ours.library, family, name, bits, group, pair, dtype, others, state
+                )  # fmt: skip
+            row = measure(ours, case, m, read_tbps, arguments)
+            print(_line(row, budget), flush=True)
+            yield row
+        case = None
+        torch.cuda.empty_cache()
+
+
+def _line(row: dict, budget: Budget) -> str:
+    overlap = "" if row["us_overlap"] is None else f"overlap {row['us_overlap']:7.1f} "
+    times = " ".join(f"{name} {us:.1f}" for name, us in row["peers"].items())
+    return (
+        f"{budget.spent():5.0f}s {row['family']:8}{row['layer']:8} W{row['bits']}"
+        f"g{row['group_size']:<4}{row['lut']:7}{row['dtype']:9}m={row['m']:<5}{row['us']:8.1f} "
+        f"{overlap}floor {row['floor_us']:6.1f} error {row['error']:.1e} "
+        f"(dense {row['dense_error']:.1e}) {row['config'] or ''} {times}"
+    )
+
+
+def load_peers(arguments) -> tuple[dict, dict]:
+    """Usable peers, and for the record the version of each or why it is not there."""
+    usable, reasons = peer_library.load(arguments.peers)
+    state: dict[str, dict] = {name: {"unavailable": reason} for name, reason in reasons.items()}
+    shapes = {nk for family in arguments.families for nk in SHAPES[family].values()}
+    for name, peer in usable.items():
+        state[name] = {"version": peer.version}
+        wanted = [
+            (n, k, bits, group, dtype)
+            for (n, k), (bits, group, _, dtype) in product(shapes, arguments.formats)
+            if peer.refusal(n, k, bits, group) is None
+        ]
+        failed = peer.precompile(wanted, arguments.budget_s / 2 or COMPILE_S)
+        if failed is not None:
+            state[name]["precompile"] = failed
+    return usable, state
+
+
+def parse_formats(text: str) -> Iterator[tuple[int, int, bool, torch.dtype]]:
+    for item in text.split(","):
+        bits, group, *rest = item.split(":")
+        dtype = torch.float16 if "fp16" in rest else torch.bfloat16
+        yield int(bits), int(group), "pair" in rest, dtype
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("library")
     parser.add_argument("--families", default="8b,70b,70b_tp4")
     parser.add_argument("--formats", default="4:128", help="bits:group[:pair][:fp16], ...")
-    parser.add_argument("--ms", default="1,2,4,8,16,32")
+    parser.add_argument("--ms", default="1,2,4,8,16,32", help="rows of x, up to 8192")
+    parser.add_argument("--peers", default="cublas", help=f"of {', '.join(peer_library.REGISTRY)}")
+    parser.add_argument("--budget-s", type=float, default=0, help="then rows are left out; 0: none")
     parser.add_argument("--sweep", type=int, default=0, help="configurations to try")
     parser.add_argument("--replays", type=int, default=7)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--out", default="kernels.json")
-    parser.add_argument("--tuning", help="write the best configurations here")
+    parser.add_argument("--out", type=Path, default=Path("kernels.json"))
+    parser.add_argument("--tuning", type=Path, help="write the best configurations here")
+    parser.add_argument("--check-targets", action="store_true", help="exit 1 when one is missed")
     arguments = parser.parse_args()
     arguments.ms = [int(m) for m in arguments.ms.split(",")]
-    formats = []
-    for text in arguments.formats.split(","):
-        bits, group, *rest = text.split(":")
-        dtype = torch.float16 if "fp16" in rest else torch.bfloat16
-        formats.append((int(bits), int(group), "pair" in rest, dtype))
-    arguments.formats = formats
-    library, gpu = Library(arguments.library), device()
+    arguments.families = arguments.families.split(",")
+    arguments.peers = [name for name in arguments.peers.split(",") if name]
+    arguments.formats = list(parse_formats(arguments.formats))
+    return arguments
+
+
+def head_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def write_tuning(rows: list[dict], path: Path, device_name: str, commit: str) -> None:
+    best = {}
+    for row in rows:
+        if row.get("config"):
+            width = tuning.Problem(row["n"], row["k"], row["m"], row["bits"], 128).width
+            best[f"{row['n']},{row['k']},{width},{row['bits']}"] = row["config"]
+    record = {"device": device_name, "commit": commit, "decode": best}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> int:
+    arguments = parse()
+    budget = Budget(arguments.budget_s)
+    ours = Ours(Library(arguments.library), device())
     limits = roofline()
-    print(limits)
-    commit = (
-        arguments.commit
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
+    print(limits, flush=True)
+    others, state = load_peers(arguments)
+    print(f"{budget.spent():5.0f}s peers: {json.dumps(state)}", flush=True)
     result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "command": " ".join(sys.argv),
-        "roofline": limits,
-        "rows": [],
-    }
-    best: dict[str, list[int]] = {}
-    for row, best in bench(library, arguments, gpu, limits["read_TBps"]):  # noqa: B007
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "commit": arguments.commit or head_commit(), "command": "python " + " ".join(sys.argv),
+        "roofline": limits, "peer_state": state, "rows": [],
+    }  # fmt: skip
+    for row in bench(ours, others, arguments, budget, limits["read_TBps"], state):
         result["rows"].append(row)
-        with open(arguments.out, "w") as file:
-            json.dump(result, file, indent=1)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.tuning:
-        with open(arguments.tuning, "w") as file:
-            json.dump({"device": gpu.name, "commit": commit, "decode": best}, file, indent=1)
+        write_tuning(result["rows"], arguments.tuning, ours.gpu.name, result["commit"])
+    if not arguments.check_targets:
+        return 0
+    text, passed = targets.report(result["rows"])
+    print(text)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

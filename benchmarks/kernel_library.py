@@ -10,26 +10,10 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
+from c_api import MAX_PARTS, DecodeConfig, Matrix, open_library
 
 from flute_vllm import format as flute_format
 from flute_vllm import tuning
-
-MAX_PARTS = 16
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("n", "k", "bits", "group_size", "dtype")),
-        ("pair_table", ctypes.c_int32),
-        ("parts", ctypes.c_int32),
-        ("part_rows", ctypes.c_int32 * MAX_PARTS),
-    ]
-
-
-class DecodeConfig(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("row_tiles", "row_warps", "splits", "slots", "overlap")
-    ]
 
 
 class Sm90Config(ctypes.Structure):
@@ -73,9 +57,7 @@ class Layer:
 class Library:
     def __init__(self, path: str) -> None:
         torch.cuda.init()
-        self.c = ctypes.CDLL(path)
-        self.c.flute_record_words.restype = ctypes.c_int64
-        self.c.flute_error_text.restype = ctypes.c_char_p
+        self.c = open_library(path)
 
     def _call(self, function, matrix: Matrix, *arguments) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -123,9 +105,12 @@ class Library:
         self._call(self.c.flute_repack, matrix, layer.qweight, layer.scales, records)
         return layer
 
-    def dequantize(self, layer: Layer) -> torch.Tensor:
+    def dequantize(self, layer: Layer, *, poison: bool = True) -> torch.Tensor:
+        """Dense [N, K]. ``poison`` fills it with NaN first; a benchmark does without."""
         shape, dtype = (layer.matrix.n, layer.matrix.k), layer.scales.dtype
-        w = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        w = torch.empty(shape, dtype=dtype, device="cuda")
+        if poison:
+            w.fill_(float("nan"))
         self._call(self.c.flute_dequantize, layer.matrix, layer.records, layer.table, w)
         return w
 

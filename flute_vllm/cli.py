@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from flute_vllm import __version__
 from flute_vllm.errors import FluteError
+from flute_vllm.tools.commands import register as register_tools
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -218,6 +219,9 @@ def evaluate(
         output.print(f"KL divergence {result.kl:.5f} nats per token", highlight=False)
         output.print(f"top-1 agreement {result.top1_agreement:.2%}", highlight=False)
     output.print(result.protocol, style="dim", highlight=False)
+
+
+register_tools(app)
 
 
 @app.command()

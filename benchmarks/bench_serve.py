@@ -1,0 +1,296 @@
+"""Speed of whole models in vLLM: ours beside bf16, Marlin, Machete and humming, without weights.
+
+    python benchmarks/bench_serve.py --models 8b --methods flute4,bf16,humming,marlin [--append]
+    python benchmarks/bench_serve.py --smoke          # a tiny model, also on a CPU
+
+Milliseconds of a decode step at each batch size, tokens/s of prefill, start-up and load seconds and
+peak memory. Shapes are those of the named model with ``--load-format dummy``. One engine a
+process; ``--together 4`` starts four at once on the same GPU and lets them measure one after
+another, which saves minutes and is noted in the rows (their start_s is then longer). An engine
+that fails or runs into its time limit leaves the reason as ``error`` in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model_shapes import MODELS, Method, methods, write_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h200" / "serve.json"
+GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+LOADED = re.compile(r"Model loading took .*?([\d.]+) seconds")
+GIB = 1 << 30
+
+
+@dataclass
+class Run:
+    """One engine: its row, its folder and, once started, its process."""
+
+    model: str
+    method: str
+    tp: int
+    settings: Method
+    folder: Path
+    process: subprocess.Popen | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.method} tp={self.tp}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+def engine_arguments(arguments: argparse.Namespace, run: Run) -> dict:
+    common = {
+        "model": str(run.folder / "model"), "load_format": "dummy", "dtype": "bfloat16",
+        "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0,
+        "tensor_parallel_size": run.tp, "max_num_seqs": max(arguments.batches),
+    }  # fmt: skip
+    if arguments.smoke:
+        return common | {
+            "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20,
+        } | run.settings.engine  # fmt: skip
+    tokens = arguments.prefill[1]
+    return common | {
+        "max_model_len": tokens + 256,
+        # All prompts of a batch are prefilled in the first step, so that steps are comparable.
+        "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": int(arguments.kv_gib * GIB),
+        "gpu_memory_utilization": round(0.9 / arguments.together, 3),
+        "compilation_config": {"cudagraph_capture_sizes": GRAPH_SIZES},
+    } | run.settings.engine  # fmt: skip
+
+
+def start(arguments: argparse.Namespace, run: Run) -> None:
+    write_config(run.folder / "model", run.model, run.settings)
+    job = {
+        "engine": engine_arguments(arguments, run), "batches": arguments.batches,
+        "prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps,
+        "prefill": arguments.prefill, "repeats": arguments.repeats,
+        "vocabulary": MODELS[run.model]["vocab_size"],
+        "ready": str(run.folder / "ready"), "go": str(run.folder / "go"),
+    }  # fmt: skip
+    (run.folder / "job.json").write_text(json.dumps(job))
+    script = str(Path(__file__).with_name("serve_engine.py"))
+    command = [sys.executable, script, *(str(run.folder / n) for n in ("job.json", "result.json"))]
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+        # peak_bytes travels to the workers as a function
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }  # fmt: skip
+    if arguments.smoke:  # compiling a tiny model for the CPU takes longer than measuring it
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+        environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with run.log.open("w") as log:
+        run.process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    run.started = time.monotonic()
+
+
+def stop(run: Run) -> None:
+    """Ends the engine with its workers, which share a process group of their own."""
+    for sign, patience_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+        if not run.is_running():
+            break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(patience_s)
+    with contextlib.suppress(ProcessLookupError):  # workers that outlived their parent
+        os.killpg(run.process.pid, signal.SIGKILL)
+
+
+def failure(run: Run, why: str) -> str:
+    """The reason with the last error lines of the log, as one line."""
+    lines = run.log.read_text(errors="replace").splitlines() if run.log.exists() else []
+    errors = [
+        line.strip()
+        for line in lines
+        if re.search(r"\w(Error|Exception)\b.*:", line) and "WARNING" not in line
+    ]
+    return f"{why}: {' | '.join(dict.fromkeys(errors[-4:])) or ' | '.join(lines[-3:])}"[:800]
+
+
+def wait(runs: list[Run], limit_s: float, is_done) -> None:
+    """Until each run is done, has ended or is over its limit, which ends it."""
+    while any(run.is_running() and not is_done(run) for run in runs):
+        for run in runs:
+            if run.is_running() and not is_done(run) and time.monotonic() - run.started > limit_s:
+                (run.folder / "late").touch()
+                stop(run)
+        time.sleep(0.1)
+
+
+def finish(run: Run, arguments: argparse.Namespace) -> dict:
+    """Lets one engine measure and returns its row."""
+    row = {"model": run.model, "method": run.method, "tp": run.tp}
+    if run.is_running():
+        (run.folder / "go").touch()
+        wait([run], time.monotonic() - run.started + arguments.limit_s, lambda r: False)
+    stop(run)
+    log = run.log.read_text(errors="replace")
+    loads = [float(text) for text in LOADED.findall(log)]
+    if run.has("late"):
+        return row | {"error": failure(run, f"not done within {arguments.limit_s:.0f} s")}
+    if not run.has("result.json"):
+        return row | {"error": failure(run, f"ended with {run.process.returncode}")}
+    if run.settings.kernel not in log:
+        shown = sorted(set(re.findall(r"Using (\w+Kernel)\b", log))) or "no kernel's name"
+        return row | {"error": f"expected {run.settings.kernel!r} in the log, found {shown}"}
+    result = json.loads((run.folder / "result.json").read_text())
+    row |= {key: result[key] for key in ("decode_ms", "decode_tok_s", "prefill_tok_s", "start_s")}
+    return row | {
+        "load_s": max(loads) if loads else None, "peak_gib": result["peak_gib"],
+        "together": arguments.together, "versions": result["versions"],
+    }  # fmt: skip
+
+
+def run_group(arguments: argparse.Namespace, runs: list[Run]):
+    """Starts the runs at once, waits until all can measure, and yields their rows in turn."""
+    try:
+        for run in runs:
+            start(arguments, run)
+        wait(runs, arguments.limit_s, lambda run: run.has("ready"))
+        for run in runs:
+            yield finish(run, arguments)
+    finally:
+        for run in runs:
+            if run.is_running():
+                stop(run)
+
+
+def merge(rows: list[dict], new: list[dict]) -> list[dict]:
+    """Old rows with the new ones in place of those of the same model, method and tp."""
+    keys = {(row["model"], row["method"], row["tp"]) for row in new}
+    return [r for r in rows if (r["model"], r["method"], r["tp"]) not in keys] + new
+
+
+def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
+    versions = next((row["versions"] for row in reversed(new) if "versions" in row), {})
+    commands = [*filter(None, [old.get("command")]), "python " + " ".join(sys.argv)]
+    rows = [{k: v for k, v in row.items() if k != "versions"} for row in new]
+    record = {
+        "device": device_name(), "vllm": versions.get("vllm", old.get("vllm", "unknown")),
+        "torch": versions.get("torch", old.get("torch", "unknown")),
+        "commit": arguments.commit or head_commit(),
+        "command": " ; ".join(dict.fromkeys(commands)),
+        "prompt_tokens": arguments.prompt_tokens, "prefill": arguments.prefill,
+        "group_size": arguments.group_size, "rows": merge(old.get("rows", []), rows),
+    }  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def device_name() -> str:
+    """Of the first GPU, without starting CUDA here: children that fork could not use it."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    with contextlib.suppress(FileNotFoundError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip().splitlines()[0]
+    return "CPU"
+
+
+def head_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="8b", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--methods", default=",".join(methods(128)))
+    parser.add_argument("--tp", default="1", help="tensor-parallel sizes, such as 1,2")
+    parser.add_argument("--batches", default="1,8,32,128")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--prefill", default="8x2048", help="prompts x tokens of each")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kv-gib", type=float, default=8.0)
+    parser.add_argument("--together", type=int, default=1, help="engines that start at once")
+    parser.add_argument("--limit-s", type=float, default=400, help="of start-up, and of measuring")
+    parser.add_argument("--budget-s", type=float, default=0, help="no new engine after it; 0: none")
+    parser.add_argument("--append", action="store_true", help="keep other rows of the output")
+    parser.add_argument("--keep-logs", type=Path, help="folder for the engines' logs")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--smoke", action="store_true", help="tiny model, eager, two batch sizes")
+    parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS.name}")
+    arguments = parser.parse_args(argv)
+    if arguments.smoke:
+        arguments.models, arguments.batches = "tiny", "1,2"
+        arguments.steps, arguments.prefill, arguments.repeats = 8, "2x64", 1
+        if arguments.methods == parser.get_default("methods"):
+            arguments.methods = "flute4,bf16"
+    arguments.out = arguments.out or (Path("serve_smoke.json") if arguments.smoke else RESULTS)
+    arguments.batches = [int(batch) for batch in arguments.batches.split(",")]
+    arguments.prefill = [int(number) for number in arguments.prefill.split("x")]
+    known = methods(arguments.group_size)
+    for name in arguments.methods.split(","):
+        if name not in known:
+            parser.error(f"unknown method {name!r}; known are {', '.join(known)}")
+    for name in arguments.models.split(","):
+        if name not in MODELS:
+            parser.error(f"unknown model {name!r}; known are {', '.join(MODELS)}")
+    return arguments
+
+
+def plan(arguments: argparse.Namespace, root: Path) -> list[Run]:
+    known = methods(arguments.group_size)
+    return [
+        Run(model, method, tp, known[method], root / f"{model}-{method}-{tp}")
+        for model in arguments.models.split(",")
+        for tp in map(int, arguments.tp.split(","))
+        for method in arguments.methods.split(",")
+    ]
+
+
+def main() -> int:
+    arguments = parse()
+    begin, new = time.monotonic(), []
+    is_kept = arguments.append and arguments.out.exists()
+    old = json.loads(arguments.out.read_text()) if is_kept else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = plan(arguments, arguments.keep_logs or Path(scratch))
+        for first in range(0, len(runs), arguments.together):
+            group = runs[first : first + arguments.together]
+            if arguments.budget_s and time.monotonic() - begin > arguments.budget_s:
+                why = f"not started: the budget of {arguments.budget_s:.0f} s was spent"
+                rows = ({"model": r.model, "method": r.method, "tp": r.tp, "error": why}
+                        for r in group)  # fmt: skip
+            else:
+                rows = run_group(arguments, group)
+            for row in rows:
+                new.append(row)
+                print(f"{time.monotonic() - begin:5.0f}s {json.dumps(row)}", flush=True)
+                save(arguments, old, new)
+    return 1 if any("error" in row for row in new) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The structs of ``kernels/include/flute/launch.h`` for ctypes; imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+
+MAX_PARTS = 16
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("n", "k", "bits", "group_size", "dtype")),
+        ("pair_table", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
+        ("part_rows", ctypes.c_int32 * MAX_PARTS),
+    ]
+
+
+class DecodeConfig(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("row_tiles", "row_warps", "splits", "slots", "overlap")
+    ]
+
+
+def open_library(path: str) -> ctypes.CDLL:
+    """The kernels' C functions. The package's extension also needs torch, loaded before."""
+    library = ctypes.CDLL(path)
+    library.flute_record_words.restype = ctypes.c_int64
+    library.flute_error_text.restype = ctypes.c_char_p
+    return library

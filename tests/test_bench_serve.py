@@ -1,0 +1,90 @@
+"""The benchmark of whole models: its configs, its record, and a real run of it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flute_vllm.schema import FluteQuantizationConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_serve  # noqa: E402
+import model_shapes  # noqa: E402
+
+
+@pytest.mark.parametrize("model", model_shapes.MODELS)
+def test_configs_are_known_to_transformers(tmp_path, model):
+    from transformers import AutoConfig
+
+    method = model_shapes.methods(128)["flute3"]
+    folder = model_shapes.write_config(tmp_path / "m", model, method)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.num_hidden_layers == model_shapes.MODELS[model]["num_hidden_layers"]
+    parsed = FluteQuantizationConfig.parse(config.quantization_config)
+    assert (parsed.bits, parsed.group_size) == (3, 128)
+
+
+def test_every_quantized_method_names_the_kernel_it_expects():
+    for name, method in model_shapes.methods(64).items():
+        assert bool(method.kernel) == (name != "bf16")
+    marlin = model_shapes.methods(64)["marlin"]
+    (group,) = marlin.quantization["config_groups"].values()
+    assert group["weights"]["group_size"] == 64
+    assert marlin.engine == {"linear_backend": "marlin"}
+
+
+def test_peers_format_is_read_by_compressed_tensors():
+    config = pytest.importorskip("compressed_tensors.quantization").QuantizationConfig
+    quantization = {**model_shapes.methods(128)["marlin"].quantization}
+    quantization.pop("quant_method")
+    parsed = config.model_validate(quantization)
+    assert parsed.config_groups["group_0"].weights.num_bits == 4
+
+
+def test_appending_replaces_equal_rows_and_keeps_others():
+    old = [{"model": "8b", "method": m, "tp": 1, "x": 1} for m in ("bf16", "marlin")]
+    new = [{"model": "8b", "method": "marlin", "tp": 1, "x": 2}]
+    assert [(r["method"], r["x"]) for r in bench_serve.merge(old, new)] == [
+        ("bf16", 1),
+        ("marlin", 2),
+    ]
+
+
+def test_unknown_names_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_serve.parse(["--methods", "gptq"])
+    assert "known are bf16, flute4" in capsys.readouterr().err
+
+
+def test_engines_that_start_together_share_the_memory():
+    arguments = bench_serve.parse(["--together", "4", "--methods", "marlin"])
+    (run,) = bench_serve.plan(arguments, Path("/nowhere"))
+    engine = bench_serve.engine_arguments(arguments, run)
+    assert engine["gpu_memory_utilization"] == 0.225
+    assert engine["linear_backend"] == "marlin"
+    assert engine["max_num_seqs"] == 128
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_smoke_run_measures_and_records_failures(tmp_path):
+    pytest.importorskip("vllm")
+    out = tmp_path / "serve.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "bench_serve.py"), "--smoke"]
+    for method, code in (("flute4", 0), ("machete", 1)):  # the latter is for one kind of GPU only
+        command = [*script, "--out", str(out), "--append", "--methods", method]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    ours, other = record["rows"]
+    assert set(ours["decode_ms"]) == {"1", "2"}
+    assert ours["prefill_tok_s"] > 0
+    assert ours["start_s"] > 0
+    assert "MacheteLinearKernel" in other["error"]
+    assert record["vllm"] != "unknown"
+    assert record["command"].count("bench_serve.py") == 2
