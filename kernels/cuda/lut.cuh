@@ -100,6 +100,12 @@ struct Codes<4> {
       word[4 * v] = q.x, word[4 * v + 1] = q.y, word[4 * v + 2] = q.z, word[4 * v + 3] = q.w;
     }
   }
+  // Only fragments 4 * half .. 4 * half + 3.
+  __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
+    const uint4 q = load_shared4(record + half * 512 + lane * 16);
+    word[4 * half] = q.x, word[4 * half + 1] = q.y, word[4 * half + 2] = q.z;
+    word[4 * half + 3] = q.w;
+  }
   __device__ __forceinline__ uint32_t nibbles(int f) const { return word[f]; }
 };
 
@@ -110,6 +116,10 @@ struct Codes<2> {
     const uint4 q = load_shared4(record + lane * 16);
     word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
   }
+  __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
+    const uint2 q = load_shared2(record + lane * 16 + half * 8);
+    word[2 * half] = q.x, word[2 * half + 1] = q.y;
+  }
 };
 
 template <>
@@ -119,6 +129,11 @@ struct Codes<3> {
     const uint4 q = load_shared4(record + lane * 16);
     const uint2 h = load_shared2(record + 512 + lane * 8);
     low[0] = q.x, low[1] = q.y, low[2] = q.z, low[3] = q.w, high[0] = h.x, high[1] = h.y;
+  }
+  __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
+    const uint2 q = load_shared2(record + lane * 16 + half * 8);
+    low[2 * half] = q.x, low[2 * half + 1] = q.y;
+    high[half] = load_shared(record + 512 + lane * 8 + half * 4);
   }
   // bit 3 of each nibble is another fragment's
   __device__ __forceinline__ uint32_t nibbles(int f) const {

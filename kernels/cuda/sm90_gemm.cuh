@@ -16,7 +16,6 @@
 
 namespace flute {
 
-constexpr int kMaxXStages = 8;
 constexpr int kPartialPad = 4;  // floats after a column of 16 sums; avoids bank conflicts
 
 // Barriers of a block: of each warp's ring, then of each k group's x, filled and emptied.
@@ -48,57 +47,6 @@ struct Sm90Params {
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
 };
-
-#if FLUTE_HAS_WGMMA
-// x of one k group, as a warp that multiplies by it sees it. One thread brings it.
-template <typename Shape>
-struct XRing {
-  uint32_t filled, emptied, at;  // shared addresses: barriers, and the first stage
-  const CUtensorMap* map;
-  int stages, lag;
-  int first_tile, k_tiles, row;  // of the map: the first k tile, how many, the first row of x
-  int next, left;                // to request: k tile, and how many in all
-  int stage, refill;             // to use next, to fill next
-  uint32_t phase, refill_phase;
-
-  __device__ __forceinline__ void request(int to, int lane) {
-    const uint32_t barrier = filled + to * 8, x = at + to * Shape::kXStage;
-    if (lane == 0) {
-      barrier_expect(barrier, Shape::kXStage);
-#pragma unroll
-      for (int i = 0; i < kTileK / kSwizzleColumns; i++)
-        tensor_copy(x + i * Shape::kBoxBytes, map,
-                    (first_tile + next) * kTileK + i * kSwizzleColumns, row, barrier);
-    }
-    left--;
-    if (++next == k_tiles) next = 0;
-  }
-  __device__ __forceinline__ void start(int lane) {
-    for (int i = 0; i < stages && left > 0; i++) request(i, lane);
-  }
-  // Waits for the next k tile; returns its stage.
-  __device__ __forceinline__ int take() {
-    barrier_wait(filled + stage * 8, phase);
-    const int taken = stage;
-    if (++stage == stages) stage = 0, phase ^= 1;
-    return taken;
-  }
-  __device__ __forceinline__ uint32_t address(int taken) const {
-    return at + taken * Shape::kXStage;
-  }
-  // A warp has read a stage. The warp that brings x refills an earlier one, if told to lag, so that
-  // it need not wait for the slowest warpgroup. All its lanes wait: where one did, the compiler
-  // would take stages and addresses for different in each lane.
-  __device__ __forceinline__ void release(int taken, int lane, bool brings) {
-    if (lane == 0) barrier_arrive(emptied + taken * 8);
-    if (brings && lag-- <= 0 && left > 0) {
-      barrier_wait(emptied + refill * 8, refill_phase);
-      request(refill, lane);
-      if (++refill == stages) refill = 0, refill_phase ^= 1;
-    }
-  }
-};
-#endif
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
@@ -153,7 +101,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset + k_group * p.x_stages * Shape::kXStage;
   x.map = &x_map, x.stages = p.x_stages, x.lag = p.x_lag;
-  x.first_tile = begin, x.k_tiles = k_tiles, x.row = column0;
+  x.column = begin * kTileK, x.row = column0, x.length = k_tiles;
   x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * k_tiles;
   const bool brings_x = row_group == 0 && quarter == 0;
 
@@ -222,8 +170,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     if (alone) {
       const int row = (4 * (round * row_groups + row_group) + quarter) * kTileRows;
-      products.write(y + row, p.n, block.rows - row, columns, ((p.n | block.first_row) & 1) == 0,
-                     lane);
+      write_sums(products.sums, y + row, p.n, block.rows - row, columns,
+                 ((p.n | block.first_row) & 1) == 0, lane);
     }
   }
   if (alone) return;

@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "launch_common.cuh"
 #include "sm90_gemm.cuh"
+#include "sm90_prefill_launch.cuh"
 
 namespace flute {
 
@@ -92,12 +93,22 @@ int sm90_w4(FLUTE_SM90_ARGUMENTS);
 int sm90_w3(FLUTE_SM90_ARGUMENTS);
 int sm90_w2(FLUTE_SM90_ARGUMENTS);
 
+template <int Bits, typename T, int Columns, int Groups>
+int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
+  if constexpr (Columns > 128)
+    return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
+                                                                        records, table, y, stream);
+  else
+    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups>>(matrix, config, m, x, records,
+                                                                  table, y, stream);
+}
+
 template <int Bits, typename T, int Columns>
 int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
 #define FLUTE_CASE(GROUPS)                                                                       \
   case GROUPS:                                                                                   \
-    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, GROUPS>>(matrix, config, m, x, records, \
-                                                                  table, y, stream)
+    return launch_sm90_kernel<Bits, T, Columns, GROUPS>(matrix, config, m, x, records, table, y, \
+                                                        stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
@@ -119,6 +130,7 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
     FLUTE_CASE(32);
     FLUTE_CASE(64);
     FLUTE_CASE(128);
+    FLUTE_CASE(192);
   }
 #undef FLUTE_CASE
   return kBadConfig;

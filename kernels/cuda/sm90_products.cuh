@@ -1,13 +1,12 @@
-// What a warpgroup of the Hopper kernel does with 64 rows of w: bring the records, decode them into
-// wgmma's A registers, multiply, write sums.
+// What a warpgroup of the Hopper kernels does with 64 rows of w: decode them into wgmma's A
+// registers, multiply, write sums.
 #pragma once
 
-#include "ring.cuh"
-#include "wgmma.cuh"
+#include "sm90_rings.cuh"
 
 namespace flute {
 
-constexpr int kWarpgroups = 4;
+constexpr int kWarpgroups = 4;  // of a block
 
 template <int Bits_, typename T_, int Columns_, int Groups_>
 struct Sm90Shape {
@@ -22,34 +21,74 @@ struct Sm90Shape {
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
   static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;  // x of 64 columns
-  static constexpr int kXStage = kTileK / kSwizzleColumns * kBoxBytes;
+  static constexpr int kXBoxes = 2;                              // of a stage
+  static constexpr int kXStage = kXBoxes * kBoxBytes;
   // With few columns and one group, sums of a k tile take fewer multiplications than its weights.
   static constexpr bool kScaleSums = Columns_ <= 32 && Groups_ == 1;
 };
 
 #if FLUTE_HAS_WGMMA
-// The records of one warp on their way, in the order of use: along k, then the next 64 rows.
-template <typename Shape>
-struct RecordRing {
-  uint32_t barriers, slots_at;
-  const uint8_t* next;  // to request next
-  int64_t row_step;     // from the end of a row of tiles to the begin of this warp's next
-  int k_tiles, k_left;  // of a row of tiles
-  int rows_left;
-  uint64_t policy;
+// Scales four fragments, first, first + 1, .. of a tile. A word holds the scales of rows g (low
+// half) and g + 8 of a group.
+template <typename T, int Groups>
+__device__ __forceinline__ void apply_scales(uint32_t (&a)[4][4], const uint32_t (&word)[Groups],
+                                             int first) {
+#pragma unroll
+  for (int f = 0; f < 4; f++) {
+    const uint32_t w = word[(first + f) * Groups / kFragments];
+    const uint32_t low = permute_bytes(w, w, 0x1010), high = permute_bytes(w, w, 0x3232);
+#pragma unroll
+    for (int j = 0; j < 4; j++) a[f][j] = multiply_pairs<T>(a[f][j], j & 1 ? high : low);
+  }
+}
 
-  __device__ __forceinline__ uint32_t barrier(int stage) const { return barriers + stage * 8; }
-  __device__ __forceinline__ uint32_t slot(int stage) const {
-    return slots_at + stage * Shape::kSlot;
+// d += a * x for 64 columns of k at `x`; asynchronous.
+template <typename T, int Columns>
+__device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (&a)[4][4],
+                                             uint32_t x, bool accumulate) {
+  pin(d);
+#pragma unroll
+  for (int f = 0; f < 4; f++) pin(a[f]);
+  wgmma_begin();
+#pragma unroll
+  for (int f = 0; f < 4; f++)
+    wgmma<T, Columns>(d, a[f], x_descriptor(x) + f * kDescriptorStep, f > 0 || accumulate);
+  wgmma_commit();
+  pin(d);
+}
+
+// Sums of a 16-row tile of w to y [columns, n], of which `rows` and `columns` are inside.
+// Neighbouring lanes exchange values, so that each writes two rows of w at once where `pairs`
+// allows.
+template <typename T, int Count>
+__device__ __forceinline__ void write_sums(const float (&sums)[Count], T* y, int64_t n, int rows,
+                                           int columns, bool pairs, int lane) {
+  const int g = lane / 4, t = lane % 4, odd = g & 1;
+  if (pairs) {
+    T* to = y + (2 * t + odd) * n + g - odd;  // moved along, as all addresses at once would spill
+    int left = columns - 2 * t - odd;
+#pragma unroll
+    for (int i = 0; i < Count; i += 4, to += 8 * n, left -= 8) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {  // rows g, then g + 8
+        const float low = sums[i + j], high = sums[i + j + 1];
+        const float received = __shfl_xor_sync(~0u, odd ? low : high, 4);
+        const uint32_t word = odd ? narrow_pair<T>(received, high) : narrow_pair<T>(low, received);
+        if (left > 0 && g + 4 * j < rows) *reinterpret_cast<uint32_t*>(to + 4 * j) = word;
+      }
+    }
+    return;
   }
-  __device__ __forceinline__ void request(int stage, int lane) {
-    if (rows_left <= 0) return;
-    const int bytes = k_left < Shape::kDepth ? Shape::kRecord : Shape::kSlot;
-    if (lane == 0) bulk_copy(slot(stage), next, bytes, barrier(stage), policy);
-    next += bytes, k_left -= Shape::kDepth;
-    if (k_left <= 0) next += row_step, k_left = k_tiles, rows_left--;
+  T* to = y + 2 * t * n + g;
+  int left = columns - 2 * t;
+#pragma unroll
+  for (int i = 0; i < Count; i += 4, to += 8 * n, left -= 8) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (left > (j & 1) && g + 4 * (j & 2) < rows)
+        to[(j & 1) * n + 4 * (j & 2)] = narrow<T>(sums[i + j]);
   }
-};
+}
 
 // What a warpgroup accumulates, and the products under way: at any time at most two groups of them,
 // one of each half of `a`.
@@ -60,7 +99,7 @@ struct Products {
   float sums[kCount];
   float part[2][Shape::kScaleSums ? kCount : 1];  // of the tile in hand and the one before
   float2 scale;                                   // of the tile in hand
-  uint32_t a[kFragments][4];                      // the decoded weights
+  uint32_t a[2][4][4];                            // the decoded weights of half a tile each
   Codes<Shape::kBits> codes;                      // of the next tile
   uint32_t word[Shape::kGroups];  // its scales: rows g (low half) and g + 8 of each group
 
@@ -85,31 +124,6 @@ struct Products {
     for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? scale.y : scale.x) * part[Tile][i];
   }
 
-  // Four fragments of a tile by x at `x`, 64 columns of k.
-  __device__ __forceinline__ void multiply(float (&d)[kCount], int half, uint32_t x,
-                                           bool accumulate) {
-    pin(d);
-#pragma unroll
-    for (int f = 4 * half; f < 4 * half + 4; f++) pin(a[f]);
-    wgmma_begin();
-#pragma unroll
-    for (int f = 0; f < 4; f++)
-      wgmma<T, Shape::kColumns>(d, a[4 * half + f], x_descriptor(x) + f * kDescriptorStep,
-                                f > 0 || accumulate);
-    wgmma_commit();
-    pin(d);
-  }
-
-  __device__ __forceinline__ void apply_scales(int half) {
-#pragma unroll
-    for (int f = 4 * half; f < 4 * half + 4; f++) {
-      const uint32_t w = word[f * Shape::kGroups / kFragments];
-      const uint32_t low = permute_bytes(w, w, 0x1010), high = permute_bytes(w, w, 0x3232);
-#pragma unroll
-      for (int j = 0; j < 4; j++) a[f][j] = multiply_pairs<T>(a[f][j], j & 1 ? high : low);
-    }
-  }
-
   // k tile `Tile` of a step. `previous_done` runs when the tile before has been multiplied,
   // `decoded` when the codes have been used.
   template <int Tile, typename PreviousDone, typename Decoded>
@@ -126,13 +140,15 @@ struct Products {
         previous_done();
       }
 #pragma unroll
-      for (int f = 4 * half; f < 4 * half + 4; f += 2) decoder.decode(a[f], a[f + 1], codes, f / 2);
-      if constexpr (!Shape::kScaleSums) apply_scales(half);
+      for (int f = 0; f < 4; f += 2)
+        decoder.decode(a[half][f], a[half][f + 1], codes, 2 * half + f / 2);
+      if constexpr (!Shape::kScaleSums) apply_scales<T>(a[half], word, 4 * half);
       if (half == 1) decoded();
+      const uint32_t box = x + half * Shape::kBoxBytes;
       if constexpr (Shape::kScaleSums)
-        multiply(part[Tile], half, x + half * Shape::kBoxBytes, half == 1);
+        multiply_box<T, Shape::kColumns>(part[Tile], a[half], box, half == 1);
       else
-        multiply(sums, half, x + half * Shape::kBoxBytes, true);
+        multiply_box<T, Shape::kColumns>(sums, a[half], box, true);
     }
   }
 
@@ -155,27 +171,6 @@ struct Products {
     for (int i = 0; i < kCount; i++) {
       const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
       store_shared_float(to + (column * (kTileRows + Pad) + row) * 4, sums[i]);
-    }
-  }
-
-  // To y [columns, n] at its 16-row tile; `rows` of w are inside, columns of x too. Neighbouring
-  // lanes exchange values, so that each writes two rows of w at once where `pairs` allows.
-  __device__ __forceinline__ void write(T* y, int64_t n, int rows, int columns, bool pairs,
-                                        int lane) const {
-    const int g = lane / 4, t = lane % 4, odd = g & 1;
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
-      const int column = i / 4 * 8 + 2 * t, row = g + 4 * (i & 2);
-      if (pairs) {
-        const float received = __shfl_xor_sync(~0u, odd ? sums[i] : sums[i + 1], 4);
-        const uint32_t word =
-            odd ? narrow_pair<T>(received, sums[i + 1]) : narrow_pair<T>(sums[i], received);
-        if (column + odd < columns && row < rows)
-          *reinterpret_cast<uint32_t*>(y + (column + odd) * n + row - odd) = word;
-      } else if (row < rows) {
-        if (column < columns) y[column * n + row] = narrow<T>(sums[i]);
-        if (column + 1 < columns) y[(column + 1) * n + row] = narrow<T>(sums[i + 1]);
-      }
     }
   }
 };

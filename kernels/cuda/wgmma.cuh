@@ -87,12 +87,18 @@ __device__ __forceinline__ void wgmma(float (&d)[Columns / 2], const uint32_t (&
   FLUTE_D16                                                                           \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47," \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FLUTE_D48                                                                              \
+  FLUTE_D32                                                                                    \
+  ", "                                                                                         \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FLUTE_F8(i)                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLUTE_F16 FLUTE_F8(0), FLUTE_F8(8)
 #define FLUTE_F32 FLUTE_F16, FLUTE_F8(16), FLUTE_F8(24)
 #define FLUTE_F64 FLUTE_F32, FLUTE_F8(32), FLUTE_F8(40), FLUTE_F8(48), FLUTE_F8(56)
+#define FLUTE_F96 FLUTE_F64, FLUTE_F8(64), FLUTE_F8(72), FLUTE_F8(80), FLUTE_F8(88)
 #define FLUTE_DEFINE_WGMMA(TYPE, NAME, COLUMNS, D, A, B, FLAG, ACCUMULATORS)                   \
   template <>                                                                                  \
   __device__ __forceinline__ void wgmma<TYPE, COLUMNS>(                                        \
@@ -104,19 +110,22 @@ __device__ __forceinline__ void wgmma(float (&d)[Columns / 2], const uint32_t (&
                  : ACCUMULATORS                                                                \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));       \
   }
-#define FLUTE_DEFINE_WGMMAS(TYPE, NAME)                                                        \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 16, FLUTE_D0, "%8, %9, %10, %11", "%12", "%13", FLUTE_F8(0))  \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 32, FLUTE_D8, "%16, %17, %18, %19", "%20", "%21", FLUTE_F16)  \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 64, FLUTE_D16, "%32, %33, %34, %35", "%36", "%37", FLUTE_F32) \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 128, FLUTE_D32, "%64, %65, %66, %67", "%68", "%69", FLUTE_F64)
+#define FLUTE_DEFINE_WGMMAS(TYPE, NAME)                                                         \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 16, FLUTE_D0, "%8, %9, %10, %11", "%12", "%13", FLUTE_F8(0))   \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 32, FLUTE_D8, "%16, %17, %18, %19", "%20", "%21", FLUTE_F16)   \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 64, FLUTE_D16, "%32, %33, %34, %35", "%36", "%37", FLUTE_F32)  \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 128, FLUTE_D32, "%64, %65, %66, %67", "%68", "%69", FLUTE_F64) \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 192, FLUTE_D48, "%96, %97, %98, %99", "%100", "%101", FLUTE_F96)
 FLUTE_DEFINE_WGMMAS(__half, "f16")
 FLUTE_DEFINE_WGMMAS(__nv_bfloat16, "bf16")
 #undef FLUTE_DEFINE_WGMMAS
 #undef FLUTE_DEFINE_WGMMA
+#undef FLUTE_F96
 #undef FLUTE_F64
 #undef FLUTE_F32
 #undef FLUTE_F16
 #undef FLUTE_F8
+#undef FLUTE_D48
 #undef FLUTE_D32
 #undef FLUTE_D16
 #undef FLUTE_D8
