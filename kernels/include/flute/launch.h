@@ -56,6 +56,26 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
 
 FLUTE_API const char* flute_error_text(int error);
 
+// ---- more rows of x: any m, without the instructions of sm_90 ------------------------------------
+
+// How a tile launch is cut; flute_vllm/tile_plan.py chooses it.
+typedef struct {
+  int32_t tokens;        // rows of x in a block, beside 128 rows of w: 64 or 128
+  int32_t splits;        // shares of k, summed in a second pass: 1 .. tiles of 128 columns
+  int32_t x_slots;       // steps of x in shared memory, 2 .. 5
+  int32_t record_slots;  // tiles of w in shared memory, .. 8: those that the x_slots belong to
+} FluteTileConfig;
+
+// Bytes of the workspace that flute_tile needs: 0 without splits.
+FLUTE_API int64_t flute_tile_workspace(const FluteMatrix* matrix, const FluteTileConfig* config,
+                                       int32_t m);
+
+// y [m, n] = x [m, k] * w^T with w = round(table[code] * scale), m >= 1. x and workspace must be
+// 16-byte aligned, x contiguous.
+FLUTE_API int flute_tile(const FluteMatrix* matrix, const FluteTileConfig* config, int32_t m,
+                         const void* x, const void* records, const void* table, void* y,
+                         void* workspace, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
