@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flute_vllm import format as flute_format
-from flute_vllm import tuning
+from flute_vllm import tile_plan, tuning
 
 MAX_PARTS = 16
 
@@ -30,6 +30,10 @@ class DecodeConfig(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int32) for name in ("row_tiles", "row_warps", "splits", "slots", "overlap")
     ]
+
+
+class TileConfig(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "splits", "x_slots", "record_slots")]
 
 
 def device() -> tuning.Device:
@@ -65,6 +69,8 @@ class Library:
         torch.cuda.init()
         self.c = ctypes.CDLL(path)
         self.c.flute_record_words.restype = ctypes.c_int64
+        if hasattr(self.c, "flute_tile"):  # a library of the decode kernels alone has none
+            self.c.flute_tile_workspace.restype = ctypes.c_int64
         self.c.flute_error_text.restype = ctypes.c_char_p
 
     def _call(self, function, matrix: Matrix, *arguments) -> None:
@@ -134,4 +140,27 @@ class Library:
         records = layer.records if records is None else records
         arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y)
         self._call(self.c.flute_decode, layer.matrix, *arguments)
+        return y
+
+    def tile_workspace(self, layer: Layer, config: tile_plan.Config, m: int) -> torch.Tensor:
+        c = TileConfig(config.tokens, config.splits, config.x_slots, config.record_slots)
+        size = self.c.flute_tile_workspace(ctypes.byref(layer.matrix), ctypes.byref(c), m)
+        return torch.full((size // 4,), float("nan"), device="cuda")
+
+    def tile(
+        self,
+        layer: Layer,
+        config: tile_plan.Config,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        workspace: torch.Tensor | None = None,
+        records: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``workspace`` is made here where it is not given; ``records`` as in ``decode``."""
+        c = TileConfig(config.tokens, config.splits, config.x_slots, config.record_slots)
+        if workspace is None:
+            workspace = self.tile_workspace(layer, config, x.shape[0])
+        records = layer.records if records is None else records
+        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, workspace)
+        self._call(self.c.flute_tile, layer.matrix, *arguments)
         return y
