@@ -81,8 +81,7 @@ struct TableFill {
       const uint32_t at = threadIdx.x + i * Threads;
       const uint32_t even = first[i].word(),
                      odd = TwoFragments ? second[TwoFragments ? i : 0].word() : even;
-      store_shared4(to + at / 8 * table_row(Wide) + at % 8 * 16,
-                    make_uint4(even, odd, even, odd));
+      store_shared4(to + at / 8 * table_row(Wide) + at % 8 * 16, make_uint4(even, odd, even, odd));
     }
   }
 };

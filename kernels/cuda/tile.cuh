@@ -1,10 +1,10 @@
 // y[m, n] = x[m, k] * w[n, k]^T for many rows of x, w in the internal layout, on sm_80 and later.
 //
 // A block computes 128 rows of w times 64 or 128 rows of x. Each of its 8 warps has 64 x 64 sums
-// in registers, so that a weight is decoded for 64 rows of x, and read from x is as much as from
-// the table. Warps that have the same sums split the columns of each step; their sums meet at the
-// end. k can be split over blocks too, whose sums go to a workspace and are added by a second
-// kernel. Every order is fixed: equal inputs give equal bits.
+// in registers: a decoded weight serves 64 rows of x, and of all shapes with so many sums this one
+// reads least from shared memory, where the table and x compete. Warps with the same sums split
+// the columns of each step and meet at the end. k can be split over blocks too; their sums go to a
+// workspace and are added by a second kernel. Every order is fixed: equal inputs give equal bits.
 //
 // The weights are the A operand. Each is multiplied by its scale and rounded to 16 bits once, the
 // value that flute_dequantize gives.

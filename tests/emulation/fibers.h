@@ -53,7 +53,9 @@ struct Block {
 };
 inline Block block_state;
 
-inline Fiber& current_fiber() { return block_state.fibers[block_state.running]; }
+inline Fiber& current_fiber() {
+  return block_state.fibers[block_state.running];
+}
 
 inline void wait_at(Barrier& barrier) {
   Block& block = block_state;
@@ -64,8 +66,12 @@ inline void wait_at(Barrier& barrier) {
   }
   swapcontext(&current_fiber().context, &block.scheduler);
 }
-inline void warp_barrier() { wait_at(block_state.warps[current_fiber().index / 32]); }
-inline void block_barrier() { wait_at(block_state.all); }
+inline void warp_barrier() {
+  wait_at(block_state.warps[current_fiber().index / 32]);
+}
+inline void block_barrier() {
+  wait_at(block_state.all);
+}
 
 inline void fiber_main() {
   block_state.program();

@@ -42,14 +42,30 @@ template <typename V>
 void store_shared_as(uint32_t address, V value) {
   memcpy(at_shared(address, sizeof(V)), &value, sizeof(V));
 }
-inline uint32_t load_table(uint32_t address) { return load_shared_as<uint32_t>(address); }
-inline uint2 load_table2(uint32_t address) { return load_shared_as<uint2>(address); }
-inline uint32_t load_shared(uint32_t address) { return load_shared_as<uint32_t>(address); }
-inline uint2 load_shared2(uint32_t address) { return load_shared_as<uint2>(address); }
-inline uint4 load_shared4(uint32_t address) { return load_shared_as<uint4>(address); }
-inline float load_shared_float(uint32_t address) { return load_shared_as<float>(address); }
-inline void store_shared_float(uint32_t address, float v) { store_shared_as(address, v); }
-inline void store_shared4(uint32_t address, uint4 v) { store_shared_as(address, v); }
+inline uint32_t load_table(uint32_t address) {
+  return load_shared_as<uint32_t>(address);
+}
+inline uint2 load_table2(uint32_t address) {
+  return load_shared_as<uint2>(address);
+}
+inline uint32_t load_shared(uint32_t address) {
+  return load_shared_as<uint32_t>(address);
+}
+inline uint2 load_shared2(uint32_t address) {
+  return load_shared_as<uint2>(address);
+}
+inline uint4 load_shared4(uint32_t address) {
+  return load_shared_as<uint4>(address);
+}
+inline float load_shared_float(uint32_t address) {
+  return load_shared_as<float>(address);
+}
+inline void store_shared_float(uint32_t address, float v) {
+  store_shared_as(address, v);
+}
+inline void store_shared4(uint32_t address, uint4 v) {
+  store_shared_as(address, v);
+}
 
 // ---- a warp together: each lane leaves something, then all read --------------------------------
 struct Exchange {
@@ -142,7 +158,9 @@ void wait_copies() {
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------
-inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  return (a & b) | c;
+}
 inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
   return (a & mask) | (b & ~mask);
 }

@@ -33,7 +33,9 @@ uint8_t shared[256 * 1024];
 namespace {
 
 std::mt19937 rng;
-int pick(std::initializer_list<int> values) { return values.begin()[rng() % values.size()]; }
+int pick(std::initializer_list<int> values) {
+  return values.begin()[rng() % values.size()];
+}
 
 template <typename Shape>
 bool run(const FluteMatrix& matrix, int m) {
@@ -57,8 +59,8 @@ bool run(const FluteMatrix& matrix, int m) {
   T* x_at = x.data();
   while (reinterpret_cast<uintptr_t>(x_at) % 16) x_at++;
   for (int i = 0; i < m * k; i++) x_at[i] = value(-1, 1);
-  std::vector<uint8_t> record_store(
-      static_cast<size_t>(parts.tiles()) * k_tiles * Shape::kRecord + 16);
+  std::vector<uint8_t> record_store(static_cast<size_t>(parts.tiles()) * k_tiles * Shape::kRecord +
+                                    16);
   uint8_t* records = record_store.data();
   while (reinterpret_cast<uintptr_t>(records) % 16) records++;
   std::vector<float> weights(static_cast<size_t>(n) * k);
@@ -86,7 +88,8 @@ bool run(const FluteMatrix& matrix, int m) {
             }
           }
           const T* entry = table.data() + part * entries;
-          const float scale = scales[static_cast<size_t>(row) * ceil_div(k, group) + column / group];
+          const float scale =
+              scales[static_cast<size_t>(row) * ceil_div(k, group) + column / group];
           for (int e = 0; e < 2; e++) {
             const int at = matrix.pair_table ? 2 * (code[0] * codes + code[1]) + e : code[e];
             weights[static_cast<size_t>(row) * k + column + e] =
@@ -163,9 +166,10 @@ bool run(const FluteMatrix& matrix, int m) {
       worst = error >= 0 ? std::max(worst, error) : INFINITY;
     }
   for (int i = 0; i < offset; i++) worst = raw(y_store[i]) == raw(T(NAN)) ? worst : INFINITY;
-  printf("w%d tokens %d groups %d n %d k %d m %d pair %d parts %d splits %d slots %d %d late %d: %g\n",
-         bits, Shape::kTokens, groups, n, k, m, matrix.pair_table, matrix.parts, p.splits,
-         p.x_slots, p.record_slots, copies_land_late, worst);
+  printf(
+      "w%d tokens %d groups %d n %d k %d m %d pair %d parts %d splits %d slots %d %d late %d: %g\n",
+      bits, Shape::kTokens, groups, n, k, m, matrix.pair_table, matrix.parts, p.splits, p.x_slots,
+      p.record_slots, copies_land_late, worst);
   return worst < 1;
 }
 

@@ -56,14 +56,15 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
 
 FLUTE_API const char* flute_error_text(int error);
 
-// ---- more rows of x: any m, without the instructions of sm_90 ------------------------------------
+// ---- any number of rows of x, on sm_80 and later ------------------------------------------------
 
 // How a tile launch is cut; flute_vllm/tile_plan.py chooses it.
 typedef struct {
   int32_t tokens;        // rows of x in a block, beside 128 rows of w: 64 or 128
   int32_t splits;        // shares of k, summed in a second pass: 1 .. tiles of 128 columns
   int32_t x_slots;       // steps of x in shared memory, 2 .. 5
-  int32_t record_slots;  // tiles of w in shared memory, .. 8: those that the x_slots belong to
+  int32_t record_slots;  // k tiles of w there, at most 8; a k tile has tokens / 64 steps, and
+                         // x_slots - 1 <= (record_slots - 1) * steps
 } FluteTileConfig;
 
 // Bytes of the workspace that flute_tile needs: 0 without splits.
