@@ -128,28 +128,29 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       token_warp * Shape::kWarpTokens + lane / 16 * 8 + lane % 8, k_warp * 4 + lane / 8 % 2);
   constexpr int kNextX = 16 * Shape::kXRow;
   const uint32_t record_lane = row_warp * Shape::kWarpRowTiles * Shape::kRecord;
-  using WarpWeights = Weights<Shape::kBits, typename Shape::T>[Shape::kWarpRowTiles];
-  auto load_weights = [&](WarpWeights& weights, int step) {
-    const int pair = step % Shape::kSteps * Shape::kKWarps + k_warp;
+  using WarpWeights =
+      Weights<Shape::kBits, typename Shape::T, Shape::kGroups, Shape::kSteps>[Shape::kWarpRowTiles];
+  auto load_weights = [&](WarpWeights& weights) {
 #pragma unroll
     for (int r = 0; r < Shape::kWarpRowTiles; r++)
-      weights[r].load(record_ring.at() + record_lane + r * Shape::kRecord, Shape::kGroups, lane,
-                      pair);
+      weights[r].load(record_ring.at() + record_lane + r * Shape::kRecord, lane,
+                      k_warp * Shape::kSteps);
   };
 
   TileSums<Shape> sums = {};
   XColumns x_even, x_odd;
-  WarpWeights weights, next_weights;
-  uint32_t a[4];  // decoded one row tile ahead of its products
+  WarpWeights weights, next_weights;  // of a k tile
+  uint32_t a[4];                      // decoded one row tile ahead of its products
   // 16 columns of all row tiles. The first tile of the columns after them is decoded last.
-  auto multiply_columns = [&](const XColumns& x, int odd, const auto& after, int after_odd) {
+  auto multiply_columns = [&](const XColumns& x, int pair, int odd, const WarpWeights& after,
+                              int after_pair, int after_odd) {
 #pragma unroll
     for (int r = 0; r < Shape::kWarpRowTiles; r++) {
       uint32_t ahead[4];
       if (r + 1 < Shape::kWarpRowTiles)
-        weights[r + 1].decode(ahead, table, lane, odd);
+        weights[r + 1].decode(ahead, table, lane, pair, odd);
       else
-        after[0].decode(ahead, table, lane, after_odd);
+        after[0].decode(ahead, table, lane, after_pair, after_odd);
 #pragma unroll
       for (int t = 0; t < Shape::kWarpTokens / 8; t++)
         multiply<typename Shape::T>(sums[r][t], a, x.fragment[t]);
@@ -158,28 +159,33 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   };
 
-  load_weights(weights, 0);
+  load_weights(weights);
   x_even.load(x_ring.at() + x_lane, kNextX);
-  weights[0].decode(a, table, lane, 0);
-  for (int step = 0; step < steps; step++) {
-    x_odd.load(x_ring.at() + (x_lane ^ 32), kNextX);
-    multiply_columns(x_even, 0, weights, 1);
+  weights[0].decode(a, table, lane, 0, 0);
+#pragma unroll 1
+  for (int k_tile = block.first_k_tile; k_tile < block.end_k_tile; k_tile++) {
+#pragma unroll
+    for (int step = 0; step < Shape::kSteps; step++) {
+      x_odd.load(x_ring.at() + (x_lane ^ 32), kNextX);
+      multiply_columns(x_even, step, 0, weights, step, 1);
 
-    // The next step has landed, and all that this one needs is in registers, in every warp: its
-    // slots take new requests.
-    wait_for_copies(p.x_slots - 2);
-    __syncthreads();
-    x_supply.request(x_ring);
-    x_ring.advance();
-    if (step % Shape::kSteps == Shape::kSteps - 1) {
-      record_supply.request(record_ring, lane);
-      record_ring.advance();
+      // The next step has landed, and all that this one needs is in registers, in every warp: its
+      // slots take new requests.
+      wait_for_copies(p.x_slots - 2);
+      __syncthreads();
+      x_supply.request(x_ring);
+      x_ring.advance();
+      const bool last = step + 1 == Shape::kSteps;
+      if (last) {
+        record_supply.request(record_ring, lane);
+        record_ring.advance();
+      }
+      commit_copies();
+      // After the last k tile these read a slot in vain.
+      if (last) load_weights(next_weights);
+      x_even.load(x_ring.at() + x_lane, kNextX);
+      multiply_columns(x_odd, step, 1, last ? next_weights : weights, last ? 0 : step + 1, 0);
     }
-    commit_copies();
-    // After the last step these read a slot in vain.
-    load_weights(next_weights, step + 1);
-    x_even.load(x_ring.at() + x_lane, kNextX);
-    multiply_columns(x_odd, 1, next_weights, 0);
 #pragma unroll
     for (int r = 0; r < Shape::kWarpRowTiles; r++) weights[r] = next_weights[r];
   }

@@ -6,64 +6,85 @@
 
 namespace flute {
 
-// What a lane needs of 16 rows x 32 columns, a pair of fragments, of a record: codes and scales.
-// `pair` is 0..3 and the same for all lanes.
-template <int Bits>
+// What a lane needs of the codes of one or two pairs of fragments, 16 rows x 32 columns each, in
+// one load of each plane: `first` is the first pair, a multiple of Pairs and the same for all
+// lanes.
+template <int Bits, int Pairs>
 struct PairCodes;
 
-template <>
-struct PairCodes<4> {
-  uint32_t word[2];
-  __device__ __forceinline__ void load(uint32_t record, int lane, int pair) {
-    const uint2 q = load_shared2(record + (pair >> 1) * 512 + lane * 16 + (pair & 1) * 8);
+// Pairs * 2 words, or as many words as pairs.
+template <int Words>
+__device__ __forceinline__ void load_words(uint32_t (&word)[Words], uint32_t at) {
+  if constexpr (Words == 1) {
+    word[0] = load_shared(at);
+  } else if constexpr (Words == 2) {
+    const uint2 q = load_shared2(at);
     word[0] = q.x, word[1] = q.y;
+  } else {
+    const uint4 q = load_shared4(at);
+    word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
   }
-  __device__ __forceinline__ uint32_t nibbles(int odd) const { return word[odd]; }
+}
+
+template <int Pairs>
+struct PairCodes<4, Pairs> {
+  uint32_t word[2 * Pairs];
+  __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
+    load_words(word, record + (first >> 1) * 512 + lane * 16 + (first & 1) * 8);
+  }
+  __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
+    return word[2 * pair + odd];
+  }
 };
 
 // At 3 and 2 bits the rest of a nibble is another fragment's; the table does not depend on it.
-template <>
-struct PairCodes<3> {
-  uint32_t low, high;  // bit 2 of a nibble of `high` is that of the even fragment's code
-  __device__ __forceinline__ void load(uint32_t record, int lane, int pair) {
-    low = load_shared(record + lane * 16 + pair * 4);
-    high = load_shared(record + 512 + lane * 8 + (pair >> 1) * 4) << (pair & 1 ? 0 : 2);
+template <int Pairs>
+struct PairCodes<3, Pairs> {
+  uint32_t low[Pairs], high;  // bit 2 * pair + odd of a nibble of `high` is bit 2 of a code
+  __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
+    load_words(low, record + lane * 16 + first * 4);
+    high = load_shared(record + 512 + lane * 8 + (first >> 1) * 4) >> (first & 1) * 2;
   }
-  __device__ __forceinline__ uint32_t nibbles(int odd) const {
-    return odd ? select_bits(low >> 2, high >> 1, 0x33333333u)
-               : select_bits(low, high, 0x33333333u);
+  __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
+    const int bit = 2 * pair + odd;
+    return select_bits(odd ? low[pair] >> 2 : low[pair],
+                       bit < 2 ? high << (2 - bit) : high >> (bit - 2), 0x33333333u);
   }
 };
 
-template <>
-struct PairCodes<2> {
-  uint32_t word;
-  __device__ __forceinline__ void load(uint32_t record, int lane, int pair) {
-    word = load_shared(record + lane * 16 + pair * 4);
+template <int Pairs>
+struct PairCodes<2, Pairs> {
+  uint32_t word[Pairs];
+  __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
+    load_words(word, record + lane * 16 + first * 4);
   }
-  __device__ __forceinline__ uint32_t nibbles(int odd) const { return odd ? word >> 2 : word; }
+  __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
+    return odd ? word[pair] >> 2 : word[pair];
+  }
 };
 
-// Makes A operands through a narrow table: it leaves room for two more steps of x than a wide one,
-// and one kind of table serves every device. The table's address is added rather than merged, so
-// that it needs no alignment, which would cut shared memory in two.
-template <int Bits, typename T>
+// Codes and scales of 16 rows, and A operands from them. The table is a narrow one: that leaves
+// room for two more steps of x than a wide one, and one kind of table serves every device. Its
+// address is added rather than merged, so that it needs no alignment, which would cut shared memory
+// in two.
+template <int Bits, typename T, int Groups, int Pairs>
 struct Weights {
-  PairCodes<Bits> codes;
-  uint32_t scales;  // of rows g (low half) and g + 8
+  static constexpr int kScales = Groups == 4 ? Pairs : 1;  // two pairs have one group or two
+  PairCodes<Bits, Pairs> codes;
+  uint32_t scales[kScales];  // of rows g (low half) and g + 8
 
-  __device__ __forceinline__ void load(uint32_t record, int groups, int lane, int pair) {
-    codes.load(record, lane, pair);
-    scales =
-        load_shared(record + code_bytes(Bits) + ((lane / 4) * groups + (pair * groups >> 2)) * 4);
+  __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
+    codes.load(record, lane, first);
+    load_words(scales, record + code_bytes(Bits) + (lane / 4 * Groups + (first * Groups >> 2)) * 4);
   }
-  __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t table, int lane,
+  __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t table, int lane, int pair,
                                          int odd) const {
-    const uint32_t nibbles = codes.nibbles(odd);
+    const uint32_t nibbles = codes.nibbles(pair, odd);
+    const uint32_t both = scales[pair % kScales];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const uint32_t at = j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7);
-      const uint32_t scale = permute_bytes(scales, scales, j & 1 ? 0x3232 : 0x1010);
+      const uint32_t scale = permute_bytes(both, both, j & 1 ? 0x3232 : 0x1010);
       a[j] = multiply_pairs<T>(load_table(and_or(at, 0x7f80, lane * 4) + table), scale);
     }
   }

@@ -29,7 +29,8 @@ struct TileParams {
 };
 
 // A warp multiplies 64 rows of w with 64 rows of x. The eight warps of a block cover 128 rows of w
-// and all its rows of x, and split the columns of a step: 32 for each warp.
+// and all its rows of x, and split the columns of a k tile. A step has 32 columns for each warp; in
+// two steps those of a warp are neighbours, so that it loads its codes at once.
 template <int Bits_, typename T_, int Tokens_, int Groups_>
 struct TileShape {
   using T = T_;
@@ -46,7 +47,7 @@ struct TileShape {
   static constexpr int kTokenWarps = kTokens / kWarpTokens;
   static constexpr int kKWarps = kWarps / (kRowWarps * kTokenWarps);  // 4, 2
   static constexpr int kStepColumns = 32 * kKWarps;
-  static constexpr int kSteps = kTileK / kStepColumns;  // of a k tile
+  static constexpr int kSteps = kTileK / kStepColumns;  // of a k tile: 1, 2
   static constexpr int kXRow = kStepColumns * 2;        // bytes
   static constexpr int kXSlot = kTokens * kXRow;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
@@ -124,13 +125,14 @@ struct XSupply {
   const uint8_t *from, *start;  // `start`: first column, where columns past k point to
   int64_t row_bytes;
   int columns;  // from this thread's column to k
+  int step = 0;
   int copies, steps;
   uint32_t offset;
 
   __device__ __forceinline__ XSupply(const TileParams& p, const TileBlock<Shape>& block, int steps)
       : row_bytes(int64_t(p.k) * 2), steps(steps) {
     const int chunk = threadIdx.x % kChunks, token = threadIdx.x / kChunks;
-    const int column = block.first_k_tile * kTileK + chunk * 8;
+    const int column = block.first_k_tile * kTileK + chunk / 4 * 32 * Shape::kSteps + chunk % 4 * 8;
     copies = (block.tokens - token + kRowsAtOnce - 1) / kRowsAtOnce;
     start = p.x + (copies > 0 ? block.first_token + token : 0) * row_bytes;
     from = start + column * 2;
@@ -140,7 +142,7 @@ struct XSupply {
   // The next step, if there is one, to the ring's current slot. k is a multiple of 32, so that 16
   // bytes are all inside or all outside.
   __device__ __forceinline__ void request(const Ring& ring) {
-    if (steps <= 0) return;
+    if (step == steps) return;
     const bool inside = columns > 0;
     const uint8_t* source = inside ? from : start;
 #pragma unroll
@@ -148,7 +150,9 @@ struct XSupply {
       if (i < copies)
         copy16(ring.at() + offset + i * kRowsAtOnce * Shape::kXRow,
                source + i * kRowsAtOnce * row_bytes, inside);
-    from += Shape::kXRow, columns -= Shape::kStepColumns, steps--;
+    step++;
+    const int next = step % Shape::kSteps ? 32 : kTileK - 32 * (Shape::kSteps - 1);
+    from += next * 2, columns -= next;
   }
 };
 
