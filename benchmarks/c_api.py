@@ -22,9 +22,19 @@ class DecodeConfig(ctypes.Structure):
     ]
 
 
+class Sm90Config(ctypes.Structure):
+    FIELDS = ("columns", "row_tiles", "row_groups", "splits", "stages", "x_stages", "overlap")
+    _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
+
+
+class TileConfig(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "splits", "x_slots", "record_slots")]
+
+
 def open_library(path: str) -> ctypes.CDLL:
     """The kernels' C functions. The package's extension also needs torch, loaded before."""
     library = ctypes.CDLL(path)
     library.flute_record_words.restype = ctypes.c_int64
+    library.flute_tile_workspace.restype = ctypes.c_int64
     library.flute_error_text.restype = ctypes.c_char_p
     return library

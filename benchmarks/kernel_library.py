@@ -10,20 +10,10 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
-from c_api import MAX_PARTS, DecodeConfig, Matrix, open_library
+from c_api import MAX_PARTS, DecodeConfig, Matrix, Sm90Config, TileConfig, open_library
 
 from flute_vllm import format as flute_format
 from flute_vllm import tuning
-
-
-class Sm90Config(ctypes.Structure):
-    """As in launch.h."""
-
-    FIELDS = (
-        *("columns", "row_tiles", "row_groups"),
-        *("splits", "stages", "x_stages", "overlap"),
-    )
-    _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
 
 
 def device() -> tuning.Device:
@@ -142,4 +132,27 @@ class Library:
         records = layer.records if records is None else records
         arguments = (ctypes.byref(Sm90Config(*config)), x.shape[0], x, records, layer.table, y)
         self._call(self.c.flute_sm90_gemm, layer.matrix, *arguments)
+        return y
+
+    def tile_workspace(self, layer: Layer, config: tuning.tile.Config, m: int) -> torch.Tensor:
+        c = TileConfig(config.tokens, config.splits, config.x_slots, config.record_slots)
+        size = self.c.flute_tile_workspace(ctypes.byref(layer.matrix), ctypes.byref(c), m)
+        return torch.full((size // 4,), float("nan"), device="cuda")
+
+    def tile(
+        self,
+        layer: Layer,
+        config: tuning.tile.Config,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        workspace: torch.Tensor | None = None,
+        records: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``workspace`` is made here where it is not given; ``records`` as in ``decode``."""
+        c = TileConfig(config.tokens, config.splits, config.x_slots, config.record_slots)
+        if workspace is None:
+            workspace = self.tile_workspace(layer, config, x.shape[0])
+        records = layer.records if records is None else records
+        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, workspace)
+        self._call(self.c.flute_tile, layer.matrix, *arguments)
         return y

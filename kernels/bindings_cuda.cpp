@@ -119,13 +119,30 @@ Tensor dense_records(const char* op, const FluteMatrix& matrix, const Tensor& qw
   return dense;
 }
 
-// Up to FLUTE_MAX_M rows of x by the decode kernel; `plan` holds a FluteDecodeConfig for each of
-// its widths (flute_vllm/tuning.py: plan). More rows by torch's dense GEMM on the decoded weight.
+// What runs with up to `largest_m` rows of x (0: any), as flute_vllm/tuning/plan.py chose it.
+enum Kernel : int64_t { kDense, kDecode, kSm90, kTile };
+struct PlanEntry {
+  static constexpr size_t kNumbers = 9;
+  int64_t largest_m, kernel;
+  std::array<int32_t, 7> config;
+};
+
+PlanEntry plan_entry(const std::vector<int64_t>& plan, int64_t m) {
+  FLUTE_CHECK(plan.size() % PlanEntry::kNumbers == 0, "gemm", "plan",
+              (plan.size(), " numbers, no multiple of ", PlanEntry::kNumbers),
+              ("pass what flute_vllm.tuning.plan returns for this layer"));
+  for (size_t at = 0; at < plan.size(); at += PlanEntry::kNumbers) {
+    if (plan[at] != 0 && m > plan[at]) continue;
+    PlanEntry entry{plan[at], plan[at + 1], {}};
+    for (size_t i = 0; i < entry.config.size(); ++i) entry.config[i] = int32_t(plan[at + 2 + i]);
+    return entry;
+  }
+  return {0, kDense, {}};
+}
+
 Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                     const Tensor& table, const std::vector<int64_t>& part_sizes, int64_t bits,
                     int64_t group_size, const std::vector<int64_t>& plan) {
-  constexpr std::array<int64_t, 3> kWidths = {8, 16, FLUTE_MAX_M};
-  constexpr size_t kFields = sizeof(FluteDecodeConfig) / sizeof(int32_t);
   const int64_t k = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
   FLUTE_CHECK(x.scalar_type() == scales.scalar_type() && x.is_cuda() && k > 0, "gemm", "x",
               (name_of(x.scalar_type()), " ", shape_of(x), " with scales of ",
@@ -133,27 +150,45 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
               ("convert x, or repack with scales of its dtype"));
   const FluteMatrix matrix =
       check_records("gemm", qweight, scales, table, part_sizes, bits, group_size, k);
-  Tensor y = empty_output(x, matrix.n);
   const int64_t m = x.numel() / k;
-  if (m == 0) return y;
+  FLUTE_CHECK(m < (int64_t(1) << 31), "gemm", "x", (m, " rows"), ("pass fewer rows"));
+  if (m == 0) return empty_output(x, matrix.n);
   const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
-  if (m > FLUTE_MAX_M || plan.empty()) {
+  const PlanEntry entry = plan_entry(plan, m);
+  if (entry.kernel == kDense)
     return ts::matmul(x,
                       ts::transpose(dense_records("gemm", matrix, qweight, scales, table), 0, 1));
-  }
-  FLUTE_CHECK(plan.size() == kFields * kWidths.size(), "gemm", "plan",
-              (plan.size(), " numbers, not ", kFields * kWidths.size()),
-              ("pass what flute_vllm.tuning.plan returns for this layer"));
-  size_t width = 0;
-  while (m > kWidths[width]) ++width;
-  const int64_t* chosen = plan.data() + width * kFields;
-  const FluteDecodeConfig config = {int32_t(chosen[0]), int32_t(chosen[1]), int32_t(chosen[2]),
-                                    int32_t(chosen[3]), int32_t(chosen[4])};
+  Tensor y = empty_output(x, matrix.n);
   Tensor input = ts::contiguous(x);
   if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) input = ts::clone(input);
-  check_kernel("gemm", flute_decode(&matrix, &config, int32_t(m), input.data_ptr(),
-                                    qweight.data_ptr(), table.data_ptr(), y.mutable_data_ptr(),
-                                    current_stream(qweight.get_device_index())));
+  const void *from = input.data_ptr(), *records = qweight.data_ptr(), *values = table.data_ptr();
+  void *to = y.mutable_data_ptr(), *stream = current_stream(qweight.get_device_index());
+  const auto& c = entry.config;
+  int error = 0;
+  switch (entry.kernel) {
+    case kDecode: {
+      const FluteDecodeConfig config = {c[0], c[1], c[2], c[3], c[4]};
+      error = flute_decode(&matrix, &config, int32_t(m), from, records, values, to, stream);
+      break;
+    }
+    case kSm90: {
+      const FluteSm90Config config = {c[0], c[1], c[2], c[3], c[4], c[5], c[6]};
+      error = flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to, stream);
+      break;
+    }
+    case kTile: {
+      const FluteTileConfig config = {c[0], c[1], c[2], c[3]};
+      const Tensor workspace =
+          ts::new_empty(qweight, {flute_tile_workspace(&matrix, &config, int32_t(m)) / 4});
+      error = flute_tile(&matrix, &config, int32_t(m), from, records, values, to,
+                         workspace.mutable_data_ptr(), stream);
+      break;
+    }
+    default:
+      FLUTE_CHECK(false, "gemm", "plan", ("kernel ", entry.kernel, " is unknown"),
+                  ("pass what flute_vllm.tuning.plan returns for this layer"));
+  }
+  check_kernel("gemm", error);
   return y;
 }
 

@@ -82,7 +82,7 @@ def test_kernel_choice_and_its_reason(monkeypatch):
     )  # fmt: skip
     unknown = LinearLayer("o_proj", (4000,), 4096, SPEC)
     assert doctor.choose(unknown, 1, tuning.H200).why.startswith("heuristic")
-    assert "dense GEMM" in doctor.choose(known, 512, tuning.H200).kernel
+    assert doctor.choose(known, 512, tuning.H200).kernel == "sm90"
     monkeypatch.setenv(tuning.ENVIRONMENT, "1,2,1")
     assert doctor.choose(known, 1, tuning.H200).why == "FLUTE_DECODE_CONFIG=1,2,1"
 

@@ -157,16 +157,14 @@ def choose(layer: LinearLayer, m: int, gpu: tuning.Device | None) -> Choice:
     """The kernel that the op runs for 16-bit x [m, k]; ``gpu`` None: on this CPU."""
     if gpu is None:
         return _choose_cpu(layer, m)
-    if m > tuning.MAX_ROWS:
-        return Choice(
-            layer.name, m, "decoded weight, dense GEMM",
-            f"the decode kernel takes up to {tuning.MAX_ROWS} rows",
-        )  # fmt: skip
     spec = layer.spec
+    found = tuning.entries(layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu)
+    entry = tuning.entry_of(found, m)
+    if entry.kernel != tuning.DECODE:
+        return Choice(layer.name, m, tuning.KERNEL_NAMES[entry.kernel], entry.why, entry.config)
     problem = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
-    config = tuning.select(problem, gpu)
-    numbers = (config.row_tiles, config.row_warps, config.splits, config.slots)
-    return Choice(layer.name, m, "decode", _origin(problem, gpu, config), numbers)
+    config = tuning.Config(*entry.config)
+    return Choice(layer.name, m, "decode", _origin(problem, gpu, config), entry.config[:-1])
 
 
 def _origin(problem: tuning.Problem, gpu: tuning.Device, config: tuning.Config) -> str:
@@ -175,7 +173,7 @@ def _origin(problem: tuning.Problem, gpu: tuning.Device, config: tuning.Config) 
     wish = os.environ.get(tuning.ENVIRONMENT)
     if wish and chosen != replace(tuning.select(problem, gpu, environment={}), overlap=0):
         return f"{tuning.ENVIRONMENT}={wish}"
-    file, entries = f"configs/tuning/{gpu.name}.json", tuning.measured(gpu.name)
+    file, entries = f"configs/tuning/{gpu.name}.json", tuning.measured(gpu.name, "decode")
     keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
     for key in keys:
         if key in entries:

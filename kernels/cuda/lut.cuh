@@ -51,11 +51,12 @@ struct TablePair {
 };
 
 // Writes the shared table, all threads together, from a part's global table. In two steps, so that
-// other requests can be made while the global loads are under way.
-template <int Bits, int Threads>
+// other requests can be made while the global loads are under way. TwoFragments: an entry has the
+// pairs of two fragments, eight bytes.
+template <int Bits, int Threads, bool Wide = kWideTable, bool TwoFragments = Bits == 2>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
-  TablePair first[kStores], second[Bits == 2 ? kStores : 1];
+  TablePair first[kStores], second[TwoFragments ? kStores : 1];
 
   __device__ __forceinline__ void load(const void* table, bool pairs) {
 #pragma unroll
@@ -64,7 +65,7 @@ struct TableFill {
       // Low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
       // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte
       // holds the pairs of two fragments.
-      if constexpr (Bits == 2) {
+      if constexpr (TwoFragments) {
         first[i].load(table, pairs, 2, index & 3, index >> 4 & 3);
         second[i].load(table, pairs, 2, index >> 2 & 3, index >> 6);
       } else {
@@ -79,9 +80,8 @@ struct TableFill {
     for (int i = 0; i < kStores; i++) {
       const uint32_t at = threadIdx.x + i * Threads;
       const uint32_t even = first[i].word(),
-                     odd = Bits == 2 ? second[Bits == 2 ? i : 0].word() : even;
-      store_shared4(to + at / 8 * table_row(kWideTable) + at % 8 * 16,
-                    make_uint4(even, odd, even, odd));
+                     odd = TwoFragments ? second[TwoFragments ? i : 0].word() : even;
+      store_shared4(to + at / 8 * table_row(Wide) + at % 8 * 16, make_uint4(even, odd, even, odd));
     }
   }
 };

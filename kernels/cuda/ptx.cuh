@@ -162,6 +162,17 @@ __device__ __forceinline__ void copies_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// This thread's copies since the last commit become a group.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `Pending` of this thread's groups, the newest, are under way.
+template <int Pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
 #if FLUTE_HAS_BULK
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -280,6 +291,22 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
 FLUTE_DEFINE_MULTIPLY(__half, "f16")
 FLUTE_DEFINE_MULTIPLY(__nv_bfloat16, "bf16")
 #undef FLUTE_DEFINE_MULTIPLY
+
+// Two products of 16-bit floats, each rounded once.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;  // sm_80 has no plain product; adding -0 changes nothing
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  return r;
+}
 
 // Two 16-bit floats of a word, low half first, as fp32.
 template <typename T>

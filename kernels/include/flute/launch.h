@@ -27,7 +27,7 @@ typedef struct {
   int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
 } FluteMatrix;
 
-// How a decode launch is cut; flute_vllm/tuning.py chooses it.
+// How a decode launch is cut; flute_vllm/tuning/ chooses it.
 typedef struct {
   int32_t row_tiles;  // 16-row tiles that one block computes
   int32_t row_warps;  // groups of a block's 16 warps that share these tiles: 1, 2, 4, 8, 16; within
@@ -38,7 +38,7 @@ typedef struct {
                       // with n of the slots requested before the previous kernel has finished
 } FluteDecodeConfig;
 
-// How a launch of the Hopper kernel for more rows of x is cut; flute_vllm/tuning.py chooses it.
+// How a launch of the Hopper kernel for more rows of x is cut; flute_vllm/tuning/ chooses it.
 typedef struct {
   int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128
   int32_t row_tiles;   // 16-row tiles of w that a block computes
@@ -72,6 +72,27 @@ FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* 
                               void* stream);
 
 FLUTE_API const char* flute_error_text(int error);
+
+// ---- any number of rows of x, on sm_80 and later ------------------------------------------------
+
+// How a tile launch is cut; flute_vllm/tuning/tile.py chooses it.
+typedef struct {
+  int32_t tokens;        // rows of x in a block, beside 128 rows of w: 64 or 128
+  int32_t splits;        // shares of k, summed in a second pass: 1 .. tiles of 128 columns
+  int32_t x_slots;       // steps of x in shared memory, 2 .. 5
+  int32_t record_slots;  // k tiles of w there, at most 8; a k tile has tokens / 64 steps, and
+                         // x_slots - 1 <= (record_slots - 1) * steps
+} FluteTileConfig;
+
+// Bytes of the workspace that flute_tile needs: 0 without splits.
+FLUTE_API int64_t flute_tile_workspace(const FluteMatrix* matrix, const FluteTileConfig* config,
+                                       int32_t m);
+
+// y [m, n] = x [m, k] * w^T with w = round(table[code] * scale), m >= 1. x and workspace must be
+// 16-byte aligned, x contiguous.
+FLUTE_API int flute_tile(const FluteMatrix* matrix, const FluteTileConfig* config, int32_t m,
+                         const void* x, const void* records, const void* table, void* y,
+                         void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

@@ -12,67 +12,23 @@ Order of precedence: the environment variable ``FLUTE_DECODE_CONFIG``, a measure
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flute_vllm.errors import FluteError
-from flute_vllm.resources import data_path
-
-if TYPE_CHECKING:
-    import torch
+from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device, measured
 
 logger = logging.getLogger(__name__)
 
-TILE_ROWS, TILE_K = 16, 128
 WARPS = 16
 MAX_ROWS = 32  # of x
 MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
 X_ROW_BYTES = 2 * TILE_K + 16
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
-CONFIG_FOLDER = data_path("configs", "tuning")
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a choice depends on. ``clusters[s]``: clusters of s blocks that run at once."""
-
-    name: str
-    multiprocessors: int
-    shared_bytes: int  # a block's limit
-    capability: int  # 80, 90, ...
-
-    @property
-    def wide_table(self) -> bool:
-        return self.capability in (80, 87) or 90 <= self.capability < 120
-
-    def blocks_at_once(self, splits: int) -> int:
-        # Multiprocessors come in groups of up to 18; clusters of 4 leave some of them idle.
-        clusters = self.multiprocessors // splits
-        return (clusters if splits <= 2 else clusters * 10 // 11) * splits
-
-
-H200 = Device("h200", 132, 232448, 90)
-
-
-@functools.cache
-def device_of(place: torch.device) -> Device:
-    """The Device of a CUDA device; its name is that of the file in ``configs/tuning``."""
-    import torch
-
-    properties = torch.cuda.get_device_properties(place)
-    return Device(
-        "h200" if "H200" in properties.name else properties.name,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        properties.major * 10 + properties.minor,
-    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +82,10 @@ class Config:
     splits: int = 1
     slots: int = 0  # 0: chosen here, in `complete`
     overlap: int = 0  # see FluteDecodeConfig
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return (self.row_tiles, self.row_warps, self.splits, self.slots, self.overlap)
 
     @property
     def rows_each(self) -> int:
@@ -255,13 +215,6 @@ def heuristic(problem: Problem, device: Device) -> Config:
     return best
 
 
-@functools.cache
-def measured(device_name: str, folder: Path = CONFIG_FOLDER) -> Mapping[str, list[int]]:
-    """Entries of ``<device>.json``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots]."""
-    path = folder / f"{device_name}.json"
-    return json.loads(path.read_text())["decode"] if path.is_file() else {}
-
-
 def _parse_wish(text: str) -> list[int]:
     try:
         numbers = [int(number) for number in text.split(",")]
@@ -303,7 +256,7 @@ def select(
                 "computed choice is used there"
             )
     # What is best depends little on the bit width: entries for 4 bits serve the others.
-    entries = measured(device.name)
+    entries = measured(device.name, "decode")
     keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
     if len(problem.part_tiles) == 1 or all(rows % TILE_ROWS == 0 for rows in problem.parts):
         choices.append(entries.get(keys[0], entries.get(keys[1])))
@@ -313,18 +266,3 @@ def select(
             if config is not None:
                 return replace(config, overlap=config.overlap or overlap)
     return replace(heuristic(problem, device), overlap=overlap)
-
-
-def plan(
-    n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
-    *, overlap: int = 0,
-) -> list[int]:  # fmt: skip
-    """Five numbers of FluteDecodeConfig for each of BUCKETS: the constant of a layer."""
-    numbers: list[int] = []
-    for m in BUCKETS:
-        problem = Problem(n, k, m, bits, group_size, parts)
-        config = select(problem, device, overlap=overlap)
-        numbers += [
-            config.row_tiles, config.row_warps, config.splits, config.slots, config.overlap,
-        ]  # fmt: skip
-    return numbers

@@ -1,0 +1,81 @@
+"""Which kernel runs and how its launch is cut: problem -> config -> launch, pure functions.
+
+``plan`` is what a layer needs. ``decode``, ``sm90`` and ``tile`` are the kernels' own choices, with
+what makes a launch legal mirrored from C++, so that they can be tested without a GPU.
+"""
+
+from flute_vllm.tuning.decode import (
+    BUCKETS,
+    ENVIRONMENT,
+    MAX_ROWS,
+    MAX_SLOTS,
+    WARPS,
+    X_ROW_BYTES,
+    Config,
+    Launch,
+    Problem,
+    candidates,
+    complete,
+    efficiency,
+    heuristic,
+    launch,
+    select,
+)
+from flute_vllm.tuning.device import (
+    CONFIG_FOLDER,
+    H200,
+    TILE_K,
+    TILE_ROWS,
+    Device,
+    device_of,
+    measured,
+)
+from flute_vllm.tuning.plan import (
+    DECODE,
+    DENSE,
+    ENTRY_NUMBERS,
+    KERNEL_NAMES,
+    SM90,
+    SM90_BUCKETS,
+    TILE,
+    Entry,
+    entries,
+    entry_of,
+    plan,
+)
+
+__all__ = [
+    "TILE",
+    "SM90_BUCKETS",
+    "SM90",
+    "KERNEL_NAMES",
+    "ENTRY_NUMBERS",
+    "DENSE",
+    "DECODE",
+    "BUCKETS",
+    "CONFIG_FOLDER",
+    "Config",
+    "Device",
+    "ENVIRONMENT",
+    "Entry",
+    "H200",
+    "Launch",
+    "MAX_ROWS",
+    "MAX_SLOTS",
+    "Problem",
+    "TILE_K",
+    "TILE_ROWS",
+    "WARPS",
+    "X_ROW_BYTES",
+    "candidates",
+    "complete",
+    "device_of",
+    "efficiency",
+    "entries",
+    "entry_of",
+    "heuristic",
+    "launch",
+    "measured",
+    "plan",
+    "select",
+]

@@ -1,0 +1,67 @@
+"""What a choice of launch depends on besides the problem: the device, and measurements."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flute_vllm.resources import data_path
+
+if TYPE_CHECKING:
+    import torch
+
+TILE_ROWS, TILE_K = 16, 128  # of a record, kernels/cuda/layout.cuh
+CONFIG_FOLDER = data_path("configs", "tuning")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on. ``clusters[s]``: clusters of s blocks that run at once."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int  # a block's limit
+    capability: int  # 80, 90, ...
+
+    @property
+    def wide_table(self) -> bool:
+        return self.capability in (80, 87) or 90 <= self.capability < 120
+
+    def blocks_at_once(self, splits: int) -> int:
+        # Multiprocessors come in groups of up to 18; clusters of 4 leave some of them idle.
+        clusters = self.multiprocessors // splits
+        return (clusters if splits <= 2 else clusters * 10 // 11) * splits
+
+
+H200 = Device("h200", 132, 232448, 90)
+
+
+@functools.cache
+def device_of(place: torch.device) -> Device:
+    """The Device of a CUDA device; its name is that of the file in ``configs/tuning``."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(place)
+    return Device(
+        "h200" if "H200" in properties.name else properties.name,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.major * 10 + properties.minor,
+    )
+
+
+@functools.cache
+def measured(
+    device_name: str, section: str, folder: Path = CONFIG_FOLDER
+) -> Mapping[str, list[int]]:
+    """A section of ``<device>.json``, empty where there is none.
+
+    ``decode``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots]. ``sm90``: "n,k,M,bits"
+    -> kernel, then the numbers of its config.
+    """
+    path = folder / f"{device_name}.json"
+    return json.loads(path.read_text()).get(section, {}) if path.is_file() else {}

@@ -1,0 +1,104 @@
+"""Which kernel runs with how many rows of x, decided once for a layer.
+
+A plan is a list of entries, one for each range of M: the op looks up the entry of a call and asks
+nothing else, so the choice is the same before, during and after CUDA graph capture.
+
+Order of precedence: ``FLUTE_DECODE_CONFIG`` for the decode kernel, entries measured on this device
+(``configs/tuning/<device>.json``), the heuristic of each kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from flute_vllm.tuning import decode, sm90, tile
+from flute_vllm.tuning.device import Device, measured
+
+DENSE, DECODE, SM90, TILE = range(4)  # as in kernels/bindings_cuda.cpp
+KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile")
+ENTRY_NUMBERS = 9  # largest M (0: any), kernel, up to seven numbers of its config
+SM90_BUCKETS = (
+    *(16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    *(768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What runs up to ``largest_m`` rows of x; 0 stands for all above the entry before."""
+
+    largest_m: int
+    kernel: int
+    config: tuple[int, ...] = ()
+    why: str = ""
+
+    @property
+    def numbers(self) -> list[int]:
+        head = [self.largest_m, self.kernel, *self.config]
+        return head + [0] * (ENTRY_NUMBERS - len(head))
+
+
+def entries(
+    n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
+    *, overlap: int = 0, environment: Mapping[str, str] = os.environ,
+) -> list[Entry]:  # fmt: skip
+    """The plan of a layer [n, k] whose fused matrices have ``parts`` rows.
+
+    ``overlap`` > 0 lets a launch begin before the previous kernel has finished, where the device
+    and the kernel can.
+    """
+
+    def decoding(m: int) -> Entry:
+        problem = decode.Problem(n, k, m, bits, group_size, parts)
+        config = decode.select(problem, device, overlap=overlap, environment=environment)
+        return Entry(m, DECODE, config.numbers, "few rows")
+
+    if device.capability != 90:
+        found = [decoding(m) for m in decode.BUCKETS]
+        for m in (*tile.BUCKETS, 0):
+            rows = m or tile.BUCKETS[-1] + 1
+            config = tile.select(tile.Problem(n, k, rows, bits, group_size, parts), device)
+            found.append(Entry(m, TILE, config.numbers, "heuristic"))
+        return found
+
+    found = [decoding(decode.BUCKETS[0])]
+    forced = decode.ENVIRONMENT in environment
+    table = measured(device.name, "sm90")
+    simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)
+    for m in SM90_BUCKETS:
+        problem = sm90.Problem(n, k, m, bits, group_size, parts)
+        # What is best depends little on the bit width: entries for 4 bits serve the others.
+        keys = (f"{n},{k},{m},{bits}", f"{n},{k},{m},4")
+        key = next((key for key in keys if key in table and simple), None)
+        numbers = table[key] if key else None
+        why = f"measured: configs/tuning/{device.name}.json, entry {key}"
+        if m <= decode.BUCKETS[-1] and (forced or (numbers and numbers[0] == DECODE)):
+            found.append(decoding(m))
+            continue
+        if numbers and numbers[0] == DENSE:
+            found.append(Entry(m, DENSE, why=why))
+            continue
+        config = None
+        if numbers and numbers[0] == SM90:
+            config = sm90.complete(problem, sm90.Config(*numbers[1:]), device)
+        if config is None:
+            why, config = "heuristic", sm90.select(problem, device)
+        found.append(Entry(m, SM90, (*config.numbers[:-1], config.overlap or overlap), why))
+    found.append(replace(found[-1], largest_m=0))
+    return found
+
+
+def plan(
+    n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
+    *, overlap: int = 0,
+) -> list[int]:  # fmt: skip
+    """``entries`` as the list of numbers that ``flute::gemm`` takes."""
+    found = entries(n, k, bits, group_size, parts, device, overlap=overlap)
+    return [number for entry in found for number in entry.numbers]
+
+
+def entry_of(found: list[Entry], m: int) -> Entry:
+    """The entry that serves m rows of x."""
+    return next(entry for entry in found if entry.largest_m == 0 or m <= entry.largest_m)

@@ -1,0 +1,231 @@
+"""How a launch of the Hopper kernels is cut: problem -> config -> launch, pure functions.
+
+Two kernels compute ``y[M, N] = x[M, K] w[N, K]^T`` with wgmma. ``kernels/cuda/sm90_gemm.cuh`` takes
+16 to 128 rows of x a block (``columns``), may split k, and needs 9 rows or more to be of use;
+``sm90_prefill.cuh`` takes 192. One config describes both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from flute_vllm.errors import FluteError
+from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
+
+COLUMNS = (16, 32, 64, 128)
+PREFILL_COLUMNS = 192
+PREFILL_TILES = 16  # 16-row tiles of a block and round
+WARPGROUPS = 4
+MAX_STAGES, MAX_X_STAGES = 16, 8
+TABLE_BYTES = TABLE_OFFSET = 65536
+RESERVED = 1024  # of a block's shared memory, before its first byte
+BARRIER_BYTES = 16 * MAX_STAGES * 8 + WARPGROUPS * MAX_X_STAGES * 16
+PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
+IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
+
+
+@dataclass(frozen=True)
+class Problem:
+    n: int
+    k: int
+    m: int
+    bits: int
+    group_size: int
+    parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n <= 0 or self.k <= 0 or self.k % 32 or self.m < 1:
+            raise FluteError(
+                f"no Hopper launch for m {self.m}, n {self.n}, k {self.k}",
+                where="tuning.sm90.Problem",
+                why="m and n must be positive, k a positive multiple of 32",
+                fix="use the dequantizing path",
+            )
+
+    @property
+    def part_tiles(self) -> tuple[int, ...]:
+        return tuple(math.ceil(rows / TILE_ROWS) for rows in (self.parts or (self.n,)))
+
+    @property
+    def k_tiles(self) -> int:
+        return math.ceil(self.k / TILE_K)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a request of weights: two records."""
+        groups = TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
+        return 2 * (TILE_ROWS * TILE_K * self.bits // 8 + 2 * TILE_ROWS * groups)
+
+
+@dataclass(frozen=True)
+class Config:
+    """``FluteSm90Config``, field by field. In the prefill kernel ``splits`` counts the tiles of x
+    that run side by side, ``stages`` the requests of weights."""
+
+    columns: int
+    row_tiles: int
+    row_groups: int = WARPGROUPS
+    splits: int = 1
+    stages: int = 0  # 0: chosen here, in `complete`
+    x_stages: int = 0  # likewise
+    overlap: int = 0
+
+    @property
+    def prefill(self) -> bool:
+        return self.columns == PREFILL_COLUMNS
+
+    @property
+    def k_groups(self) -> int:
+        return WARPGROUPS // self.row_groups
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return (
+            self.columns, self.row_tiles, self.row_groups, self.splits, self.stages, self.x_stages,
+            self.overlap,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The launch that the C++ side makes of a config; here to be checked without a GPU."""
+
+    blocks: int
+    shared_bytes: int
+    cluster: int
+
+
+def _blocks_of_rows(problem: Problem, config: Config) -> int:
+    return sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
+
+
+def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch | None:
+    rings = PREFILL_BARRIER_BYTES + 8 * config.stages * problem.slot_bytes
+    box = config.columns * 128
+    total = TABLE_OFFSET - RESERVED + TABLE_BYTES + config.x_stages * box
+    if (
+        config.row_tiles < PREFILL_TILES
+        or config.row_tiles % PREFILL_TILES
+        or config.row_groups != 2
+        or config.splits < 1
+        or not 2 <= config.stages <= MAX_STAGES
+        or not 3 <= config.x_stages <= MAX_X_STAGES
+        or rings > TABLE_OFFSET - RESERVED
+        or total > device.shared_bytes
+    ):
+        return None
+    blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
+    return Launch(blocks, total, 1)
+
+
+def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
+    """The launch of a config, or None where it is not legal. As sm90_launch.cuh."""
+    if device.capability != 90:
+        return None
+    if config.prefill:
+        return _prefill_launch(problem, config, device)
+    if (
+        config.columns not in COLUMNS
+        or config.row_tiles < 1
+        or config.row_groups not in (1, 2, 4)
+        or config.splits not in (1, 2, 4, 8)
+        or ((config.row_groups < WARPGROUPS or config.splits > 1)
+            and config.row_tiles > 4 * config.row_groups)
+        or config.overlap < 0
+        or not 1 <= config.stages <= MAX_STAGES
+        or not 2 <= config.x_stages <= MAX_X_STAGES
+    ):  # fmt: skip
+        return None
+    region = config.stages * problem.slot_bytes
+    before = TABLE_OFFSET - RESERVED
+    high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
+    low = min(16, (before - BARRIER_BYTES) // region)
+    total = max(high + (16 - low) * region, 16 * config.columns * (TILE_ROWS + 4) * 4)
+    if total > device.shared_bytes:
+        return None
+    x_tiles = math.ceil(problem.m / config.columns)
+    blocks = _blocks_of_rows(problem, config) * x_tiles * config.splits
+    return Launch(blocks, total, config.splits)
+
+
+def complete(problem: Problem, config: Config, device: Device) -> Config | None:
+    """Fills in ``stages`` and ``x_stages`` where they are 0; None if nothing fits.
+
+    Two requests of weights a warp, or about 100 KB; then as much of x as fits.
+    """
+    if config.prefill:
+        wanted = (config.stages,) if config.stages else (4, 3, 2)
+        x_wanted = (config.x_stages,) if config.x_stages else (4, 3)
+    else:
+        most = max(1, min(MAX_STAGES, IN_FLIGHT // (16 * problem.slot_bytes)))
+        wanted = (config.stages,) if config.stages else tuple(range(min(most, 4), 0, -1))
+        x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
+    for stages in wanted:
+        for x_stages in x_wanted:
+            full = replace(config, stages=stages, x_stages=x_stages)
+            if launch(problem, full, device) is not None:
+                return full
+    return None
+
+
+def candidates(problem: Problem, device: Device) -> Iterator[Config]:
+    """Configs worth a look, incomplete: blocks that fill the device a whole number of times."""
+    tiles = sum(problem.part_tiles)
+    if problem.m > 128:
+        x_tiles = math.ceil(problem.m / PREFILL_COLUMNS)
+        for rounds in (1, 2, 3, 4):
+            yield Config(PREFILL_COLUMNS, PREFILL_TILES * rounds, 2, min(8, x_tiles))
+    fitting = [c for c in COLUMNS if c < 2 * problem.m] or [COLUMNS[0]]
+    for columns in fitting[-2:]:
+        x_tiles = math.ceil(problem.m / columns)
+        for splits in (1, 2, 4, 8):
+            if splits > problem.k_tiles:
+                continue
+            for waves in (1, 2, 3, 4):
+                exact = math.ceil(
+                    tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
+                )
+                for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
+                    for row_groups in (1, 2, 4):
+                        if row_groups == 4 and splits == 1 or row_tiles <= 4 * row_groups:
+                            yield Config(columns, row_tiles, row_groups, splits)
+        yield Config(columns, 4, 1)  # always legal
+
+
+def clocks(problem: Problem, config: Config, device: Device) -> float:
+    """What a launch takes by count of its work; constants fitted to a sweep on an H200
+    (benchmarks/NOTES.md). For choosing among configs, not for predicting."""
+    blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
+    if config.prefill:
+        waves = math.ceil(blocks / device.multiprocessors)
+        rounds = config.row_tiles / PREFILL_TILES
+        return waves * (rounds * (problem.k_tiles * 3300 + 4000) + 6000)
+    waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
+    k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
+    tiles64 = config.row_tiles / 4
+    rounds = math.ceil(tiles64 / config.row_groups)
+    # A 64 x 128 tile: shared memory (table, codes, x) or tensor cores if all warpgroups are busy,
+    # the latency of one warpgroup if they are not.
+    shared = 260 + 2.3 * config.columns
+    busy = tiles64 * config.k_groups * k_each * max(shared, 4 * config.columns)
+    alone = rounds * k_each * (700 + 4 * config.columns)
+    ends = 4500 + 12 * config.columns + (1500 if config.splits > 1 else 0)
+    ends += 300 * config.k_groups
+    stored = problem.n * problem.k_tiles * problem.slot_bytes / 32
+    memory = stored * math.ceil(problem.m / config.columns) ** 0 / 2400
+    return max(waves * (max(busy, alone) + ends), memory)
+
+
+def select(problem: Problem, device: Device) -> Config:
+    """The best config by count. Raises FluteError where none is legal."""
+    legal = {complete(problem, config, device) for config in candidates(problem, device)} - {None}
+    if not legal:
+        raise FluteError(
+            f"no Hopper launch fits {device.name}",
+            where="tuning.sm90.select",
+            why=f"{device.shared_bytes} bytes of shared memory are too few",
+            fix="use the dequantizing path",
+        )
+    return min(legal, key=lambda config: (clocks(problem, config, device), config.numbers))

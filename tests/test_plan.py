@@ -1,0 +1,86 @@
+"""Which kernel runs with how many rows: total, legal, pure, for any layer and device. No GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flute_vllm import tuning
+from flute_vllm.errors import FluteError
+from flute_vllm.tuning import sm90
+
+AMPERE = tuning.Device("a100", 108, 166912, 80)
+ADA = tuning.Device("l40s", 142, 101376, 89)
+BLACKWELL = tuning.Device("b200", 148, 232448, 100)
+DEVICES = (tuning.H200, AMPERE, ADA, BLACKWELL)
+layers = st.tuples(
+    st.integers(1, 70000),
+    st.integers(1, 1000).map(lambda units: 32 * units),
+    st.sampled_from((2, 3, 4)),
+    st.sampled_from((32, 64, 128, 256, -1)),
+)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@given(layer=layers)
+@settings(max_examples=25, deadline=None)
+def test_every_number_of_rows_has_a_legal_launch(device, layer):
+    n, k, bits, group_size = layer
+    found = tuning.entries(n, k, bits, group_size, (n,), device, environment={})
+    limits = [entry.largest_m for entry in found]
+    assert limits[-1] == 0
+    assert limits[:-1] == sorted(set(limits[:-1]))
+    for entry in found:
+        m = entry.largest_m or 20000
+        if entry.kernel == tuning.DECODE:
+            problem = tuning.Problem(n, k, m, bits, group_size)
+            assert tuning.launch(problem, tuning.Config(*entry.config), device)
+        elif entry.kernel == tuning.SM90:
+            assert device.capability == 90
+            problem = sm90.Problem(n, k, m, bits, group_size)
+            assert sm90.launch(problem, sm90.Config(*entry.config), device)
+        elif entry.kernel == tuning.TILE:
+            problem = tuning.tile.Problem(n, k, m, bits, group_size)
+            assert tuning.tile.launch(problem, tuning.tile.Config(*entry.config), device)
+
+
+def test_plan_is_the_entries_as_numbers():
+    found = tuning.entries(4096, 4096, 4, 128, (4096,), tuning.H200, overlap=1)
+    plan = tuning.plan(4096, 4096, 4, 128, (4096,), tuning.H200, overlap=1)
+    assert len(plan) == tuning.ENTRY_NUMBERS * len(found)
+    for i, entry in enumerate(found):
+        numbers = plan[i * tuning.ENTRY_NUMBERS : (i + 1) * tuning.ENTRY_NUMBERS]
+        assert numbers[:2] == [entry.largest_m, entry.kernel]
+        assert tuple(numbers[2 : 2 + len(entry.config)]) == entry.config
+    assert tuning.entry_of(found, 1).kernel == tuning.DECODE
+    assert tuning.entry_of(found, 33).largest_m == 48
+    assert tuning.entry_of(found, 10**6).largest_m == 0
+
+
+def test_measured_entries_are_legal():
+    for key, numbers in tuning.measured("h200", "sm90").items():
+        n, k, m, bits = map(int, key.split(","))
+        if numbers[0] == tuning.SM90:
+            problem = sm90.Problem(n, k, m, bits, 128)
+            assert sm90.complete(problem, sm90.Config(*numbers[1:]), tuning.H200), key
+
+
+def test_blocks_cover_all_rows():
+    problem = sm90.Problem(5000, 4096, 100, 4, 128, (3000, 1000, 1000))
+    config = sm90.complete(problem, sm90.Config(128, 12), tuning.H200)
+    launch = sm90.launch(problem, config, tuning.H200)
+    assert launch.blocks == sum(math.ceil(rows / 192) for rows in problem.parts)
+
+
+def test_what_the_kernels_do_not_take_is_refused():
+    with pytest.raises(FluteError, match="no Hopper launch"):
+        sm90.Problem(16, 33, 1, 4, 32)
+    assert (
+        sm90.launch(sm90.Problem(16, 32, 1, 4, 32), sm90.Config(16, 4, 1, 1, 1, 2), AMPERE) is None
+    )
+    small = tuning.Device("small", 10, 49152, 90)
+    with pytest.raises(FluteError, match="shared memory"):
+        sm90.select(sm90.Problem(4096, 4096, 64, 4, 128), small)
