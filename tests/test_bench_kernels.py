@@ -130,7 +130,9 @@ def test_relative_error_against_float64_and_nan(monkeypatch):
     monkeypatch.setattr(bench_kernels, "ERROR_BLOCK", 10)
     x, weight = torch.randn(3, 64), torch.randn(37, 64)
     assert bench_kernels.relative_error(x @ weight.t(), x, weight) < 1e-6
-    assert bench_kernels.relative_error(x @ weight.t() * 1.01, x, weight) == pytest.approx(0.01)
+    assert bench_kernels.relative_error(x @ weight.t() * 1.01, x, weight) == pytest.approx(
+        0.01, rel=1e-3
+    )
     poisoned = torch.full((3, 37), float("nan"))
     assert bench_kernels.relative_error(poisoned, x, weight) == float("inf")
 
