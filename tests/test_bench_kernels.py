@@ -153,6 +153,13 @@ def test_rows_after_the_budget_say_so():
     json.dumps(missing)
 
 
+def test_appended_rows_replace_their_own_kind_only():
+    old = [row(1, 5.0), row(2, 6.0), row(4, None)]
+    merged = bench_kernels.merge(old, [row(1, 4.0), row(2, None), row(4, None), row(8, 7.0)])
+    assert {r["m"]: r["us"] for r in merged} == {1: 4.0, 2: 6.0, 4: None, 8: 7.0}
+    assert len(merged) == 4
+
+
 def test_formats_are_parsed():
     found = list(bench_kernels.parse_formats("4:128,3:64:pair,2:-1:fp16"))
     assert found == [
