@@ -49,6 +49,7 @@ SHAPES = {
 CHECK_ROWS = 16  # of x in the one check of a peer
 WRONG = 0.02  # relative error of 16-bit kernels is below 0.005
 COMPILE_S = 300  # for peers that compile, where no budget is given
+KEY = ("family", "layer", "m", "bits", "group_size", "lut", "dtype")
 ERROR_BLOCK = 8192  # rows of the weight held in float64 at once
 
 
@@ -298,6 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--replays", type=int, default=7)
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("kernels.json"))
+    parser.add_argument("--append", action="store_true", help="keep the other rows of --out")
     parser.add_argument("--tuning", type=Path, help="write the best configurations here")
     parser.add_argument("--check-targets", action="store_true", help="exit 1 when one is missed")
     arguments = parser.parse_args()
@@ -312,6 +314,18 @@ def head_commit() -> str:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def merge(old: list[dict], new: list[dict]) -> list[dict]:
+    """Old rows with those measured again replaced; a row that misses replaces none."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in KEY)
+
+    measured = {key(row) for row in old if row["us"] is not None}
+    new = [row for row in new if row["us"] is not None or key(row) not in measured]
+    again = {key(row) for row in new}
+    return [row for row in old if key(row) not in again] + new
 
 
 def write_tuning(rows: list[dict], path: Path, device_name: str, commit: str) -> None:
@@ -337,8 +351,14 @@ def main() -> int:
         "commit": arguments.commit or head_commit(), "command": "python " + " ".join(sys.argv),
         "roofline": limits, "peer_state": state, "rows": [],
     }  # fmt: skip
+    is_kept = arguments.append and arguments.out.exists()
+    old = json.loads(arguments.out.read_text()) if is_kept else {"rows": []}
+    if is_kept:
+        result["command"] = f"{old['command']} ; {result['command']}"
+    rows = []
     for row in bench(ours, others, arguments, budget, limits["read_TBps"], state):
-        result["rows"].append(row)
+        rows.append(row)
+        result["rows"] = merge(old["rows"], rows)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.tuning:
         write_tuning(result["rows"], arguments.tuning, ours.gpu.name, result["commit"])

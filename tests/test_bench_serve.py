@@ -75,11 +75,13 @@ def test_engines_that_start_together_share_the_memory():
 def test_smoke_run_measures_and_records_failures(tmp_path):
     pytest.importorskip("vllm")
     out = tmp_path / "serve.json"
-    script = [sys.executable, str(ROOT / "benchmarks" / "bench_serve.py"), "--smoke"]
-    for method, code in (("flute4", 0), ("machete", 1)):  # the latter is for one kind of GPU only
-        command = [*script, "--out", str(out), "--append", "--methods", method]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
+    # Machete runs on one kind of GPU only: elsewhere its row must say so.
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "bench_serve.py"), "--smoke", "--together", "2",
+        "--methods", "flute4,machete", "--out", str(out), "--append",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
     record = json.loads(out.read_text())
     ours, other = record["rows"]
     assert set(ours["decode_ms"]) == {"1", "2"}
@@ -87,4 +89,3 @@ def test_smoke_run_measures_and_records_failures(tmp_path):
     assert ours["start_s"] > 0
     assert "MacheteLinearKernel" in other["error"]
     assert record["vllm"] != "unknown"
-    assert record["command"].count("bench_serve.py") == 2

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,8 +44,8 @@ def runner(tmp_path):
 
 
 def case(**fields) -> sanitize.Case:
-    base = {"n": 333, "k": 1056, "bits": 4, "group_size": 32, "config": (1, 4, 4, 2, 0)}
-    return sanitize.Case("decode", **(base | fields))
+    base = {"kind": "decode", "n": 333, "k": 1056, "bits": 4, "group_size": 32}
+    return sanitize.Case(**(base | {"config": (1, 4, 4, 2, 0)} | fields))
 
 
 def test_cases_cover_formats_and_launches():
@@ -121,3 +124,56 @@ def test_matrix_of_a_case():
     matrix = case(n=100, parts=(37, 63), pair=True).matrix()
     assert list(matrix.part_rows[:3]) == [37, 63, 0]
     assert (matrix.parts, matrix.pair_table, matrix.dtype) == (2, 1, 1)
+
+
+# Stands in for the CUDA driver and for our kernels, in host memory. A decode of 8 rows leaves the
+# last output alone; a config of 9 row tiles is refused.
+STUB = """
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+int cuInit(unsigned f) { return 0; }
+int cuDevicePrimaryCtxRetain(void** c, int d) { *c = (void*)1; return 0; }
+int cuCtxSetCurrent(void* c) { return 0; }
+int cuMemAlloc_v2(void** p, size_t n) { *p = malloc(n); return *p == 0; }
+int cuMemcpyHtoD_v2(void* d, const void* s, size_t n) { memcpy(d, s, n); return 0; }
+int cuMemcpyDtoH_v2(void* d, const void* s, size_t n) { memcpy(d, s, n); return 0; }
+int cuCtxSynchronize(void) { return 0; }
+int64_t flute_record_words(const int32_t* m) { return (int64_t)m[0] * m[1]; }
+int flute_repack(const int32_t* m, const void* q, const void* s, int32_t* r, void* stream) {
+  memcpy(r, q, (size_t)m[0] * m[1] / 8 * m[2]);
+  return 0;
+}
+int flute_dequantize(const int32_t* m, const void* r, const void* t, void* w, void* stream) {
+  memset(w, 0, 2 * (size_t)m[0] * m[1]);
+  return 0;
+}
+int flute_decode(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
+                 const void* t, void* y, void* stream) {
+  if (c[0] == 9) return 7;
+  memset(y, 0, 2 * ((size_t)rows * m[0] - (rows == 8)));
+  return 0;
+}
+const char* flute_error_text(int e) { return "no such configuration"; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_case_script_fills_memory_and_judges_the_output(tmp_path):
+    (tmp_path / "stub.c").write_text(STUB)
+    library = tmp_path / "libcuda.so.1"
+    command = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "stub.c")]
+    subprocess.run(command, check=True)
+    script = str(ROOT / "benchmarks" / "sanitize_case.py")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+
+    def run(wanted: sanitize.Case) -> subprocess.CompletedProcess:
+        command = [sys.executable, script, str(library), wanted.text()]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run(case(m=1, launches=3)).returncode == 0
+    assert run(case(kind="dequantize", pair=True, parts=(37, 63), n=100)).returncode == 0
+    assert run(case(m=8)).returncode == sanitize_case.NAN_LEFT
+    refused = run(case(config=(9, 4, 4, 2, 0)))
+    assert refused.returncode == 1
+    assert "no such configuration" in refused.stderr
