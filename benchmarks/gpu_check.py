@@ -10,6 +10,7 @@ A case passes when its error against an fp64 product with the exact (unrounded) 
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import random
@@ -31,7 +32,11 @@ COLUMNS = {
     -1: (32, 416, 2048),
 }
 ROWS = ((16,), (24,), (37, 63), (333,), (1024, 256, 256), (57344,))
-COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 20, 23, 24, 27, 31, 32)
+COUNTS = (
+    *(1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 20, 23, 24, 27, 31, 32),
+    *(33, 48, 57, 64, 65, 96, 100, 128, 129, 192, 200, 257, 500, 1000, 8192),
+)
+SMALL_COUNTS = (1, 8, 13, 32, 33, 64, 100, 128, 200, 257)
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
@@ -39,30 +44,57 @@ def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def random_config(problem: tuning.Problem, gpu: tuning.Device, rng: random.Random):
-    """Any legal configuration: results must not depend on the choice."""
-    splits = (1, 2, 4, 8) if gpu.capability >= 90 else (1,)
+def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuning.Entry:
+    """Any legal launch of any kernel that takes so many rows: results must not depend on it."""
+    m = problem[2]
+    kernels = [tuning.TILE]
+    kernels += [tuning.DECODE] if m <= tuning.MAX_ROWS else []
+    kernels += [tuning.SM90, tuning.SM90] if gpu.capability == 90 else []
+    kernel = rng.choice(kernels)
     while True:
-        rows, warps = rng.choice((1, 2, 3, 5, 7, 8, 14)), rng.choice((1, 2, 4, 8, 16))
-        config = tuning.Config(rows, warps, rng.choice(splits), rng.choice((0, 2, 3, 6)))
-        full = tuning.complete(problem, config, gpu)
+        if kernel == tuning.DECODE:
+            splits = (1, 2, 4, 8) if gpu.capability >= 90 else (1,)
+            config = tuning.Config(
+                rng.choice((1, 2, 3, 5, 7, 8, 14)), rng.choice((1, 2, 4, 8, 16)),
+                rng.choice(splits), rng.choice((0, 2, 3, 6)), rng.choice((0, 0, 1, 4)),
+            )  # fmt: skip
+            full = tuning.complete(tuning.Problem(*problem), config, gpu)
+        elif kernel == tuning.SM90:
+            columns = rng.choice((*tuning.sm90.COLUMNS, tuning.sm90.PREFILL_COLUMNS))
+            prefill = columns == tuning.sm90.PREFILL_COLUMNS
+            full = tuning.sm90.Config(
+                columns,
+                rng.choice((16, 32)) if prefill else rng.choice((1, 2, 3, 4, 6, 8, 9, 16, 23)),
+                2 if prefill else rng.choice((1, 2, 4)), rng.choice((1, 2, 4, 8)),
+                rng.choice((1, 2, 3, 4)), rng.choice((2, 3, 4, 6)), rng.choice((0, 0, 1, 4)),
+            )  # fmt: skip
+            if not tuning.sm90.launch(tuning.sm90.Problem(*problem), full, gpu):
+                full = None
+        else:
+            full = tuning.tile.Config(
+                rng.choice(tuning.tile.TOKENS), rng.randint(1, 5), rng.randint(2, 5),
+                rng.randint(1, 5),
+            )  # fmt: skip
+            if not tuning.tile.launch(tuning.tile.Problem(*problem), full, gpu):
+                full = None
         if full is not None:
-            return replace(full, overlap=rng.choice((0, 0, 1, 4)))
+            return tuning.Entry(m, kernel, full.numbers)
 
 
 def check_grid(library: Library, gpu: tuning.Device, small: bool) -> dict:
     rng = random.Random(0)
-    cases = failures = layers = 0
-    worst = 0.0
-    counts = (1, 8, 13, 32) if small else COUNTS
+    cases: collections.Counter[str] = collections.Counter()
+    failures = layers = 0
+    worst: dict[str, float] = collections.defaultdict(float)
     for bits, group, dtype, pair in itertools.product((4, 3, 2), COLUMNS, DTYPES, (False, True)):
         columns = COLUMNS[group][1:2] if small else COLUMNS[group]
         for parts, k in itertools.product(ROWS[2:4] if small else ROWS, columns):
             n = sum(parts)
             if n > 50000 and k > 500:
                 continue
+            seed = layers
             layer = library.random_layer(
-                n, k, bits, group, dtype, pair=pair, parts=parts, seed=cases
+                n, k, bits, group, dtype, pair=pair, parts=parts, seed=seed
             )
             w = layer.dense()
             layers += 1
@@ -70,54 +102,66 @@ def check_grid(library: Library, gpu: tuning.Device, small: bool) -> dict:
                 failures += 1
                 print("dequantize differs", bits, group, dtype, pair, parts, k)
             exact = layer.dense(torch.float32).double()
-            for m in counts:
+            plan = tuning.entries(n, k, bits, group, parts, gpu, environment={})
+            for m in SMALL_COUNTS if small else COUNTS:
+                if m * n > 1 << 25:
+                    continue
                 x = torch.randn(m, k, device="cuda").to(dtype)
                 reference = x.double() @ exact.t()
                 bound = relative_error(x @ w.t(), reference)
-                problem = tuning.Problem(n, k, m, bits, group, parts)
-                chosen = tuning.select(problem, gpu, environment={})
-                for config in (chosen, random_config(problem, gpu, rng)):
+                problem = (n, k, m, bits, group, parts)
+                for entry in (tuning.entry_of(plan, m), random_entry(problem, gpu, rng)):
                     y = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
-                    library.decode(layer, config, x, y)
+                    library.run(layer, entry, x, y)
                     error = relative_error(y, reference)
-                    cases += 1
-                    worst = max(worst, error / bound)
+                    kernel = tuning.KERNEL_NAMES[entry.kernel]
+                    cases[kernel] += 1
+                    worst[kernel] = max(worst[kernel], error / bound)
                     if not error <= 1.5 * bound:
                         failures += 1
                         if failures < 20:
-                            print("failed", bits, group, dtype, pair, parts, k, m, config, error)
+                            print("failed", bits, group, dtype, pair, parts, k, m, entry, error)
     return {
-        "cases": cases,
+        "cases": sum(cases.values()),
+        "cases_of_kernel": cases,
         "layers_dequantized": layers,
         "failures": failures,
-        "worst_error_ratio": worst,
+        "worst_error_ratio": max(worst.values()),
+        "worst_of_kernel": worst,
     }
 
 
 def check_repeats(library: Library, gpu: tuning.Device, repeats: int) -> dict:
-    """Equal bits from repeated calls, and from captured graphs on two streams at once."""
-    different = 0
-    for (n, k), m, bits in itertools.product(((4096, 4096), (2560, 8192)), (1, 16, 32), (4, 3, 2)):
+    """Equal bits from repeated calls, and from captured graphs on two streams at once.
+
+    ``repeats`` up to 32 rows of x, a tenth of them above.
+    """
+    different = calls = 0
+    counts = (1, 16, 32, 64, 128, 300, 1000)
+    for (n, k), m, bits in itertools.product(((4096, 4096), (2560, 8192)), counts, (4, 3, 2)):
         layer = library.random_layer(n, k, bits, 128, torch.bfloat16)
-        config = tuning.select(tuning.Problem(n, k, m, bits, 128), gpu, overlap=1, environment={})
+        plan = tuning.entries(n, k, bits, 128, (n,), gpu, overlap=1, environment={})
+        entry = tuning.entry_of(plan, m)
         x = torch.randn(m, k, device="cuda").bfloat16()
-        first = library.decode(layer, config, x, x.new_empty(m, n))
+        first = library.run(layer, entry, x, x.new_empty(m, n)).clone()
         outputs = [x.new_empty(m, n) for _ in range(2)]
-        for _ in range(repeats):
-            different += not torch.equal(library.decode(layer, config, x, outputs[0]), first)
+        times = repeats if m <= tuning.MAX_ROWS else max(1, repeats // 10)
+        calls += times
+        for _ in range(times):
+            different += not torch.equal(library.run(layer, entry, x, outputs[0]), first)
         graphs = [torch.cuda.CUDAGraph() for _ in outputs]
         for graph, y in zip(graphs, outputs, strict=True):
             with torch.cuda.graph(graph):
                 for _ in range(4):
-                    library.decode(layer, config, x, y)
+                    library.run(layer, entry, x, y)
         streams = [torch.cuda.Stream() for _ in outputs]
-        for _ in range(repeats // 10 + 1):
+        for _ in range(times // 10 + 1):
             for graph, stream in zip(graphs, streams, strict=True):
                 with torch.cuda.stream(stream):
                     graph.replay()
         torch.cuda.synchronize()
         different += sum(not torch.equal(y, first) for y in outputs)
-    return {"repeats": repeats, "different": different}
+    return {"repeats": repeats, "calls": calls, "different": different}
 
 
 def main() -> None:

@@ -156,3 +156,21 @@ class Library:
         arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, workspace)
         self._call(self.c.flute_tile, layer.matrix, *arguments)
         return y
+
+    def run(
+        self,
+        layer: Layer,
+        entry: tuning.Entry,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        records: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the op does with an entry of a plan."""
+        if entry.kernel == tuning.DECODE:
+            return self.decode(layer, tuning.Config(*entry.config), x, y, records)
+        if entry.kernel == tuning.SM90:
+            return self.sm90_gemm(layer, entry.config, x, y, records)
+        if entry.kernel == tuning.TILE:
+            config = tuning.tile.Config(*entry.config)
+            return self.tile(layer, config, x, y, records=records)
+        return torch.mm(x, self.dequantize(layer, poison=False).t(), out=y)

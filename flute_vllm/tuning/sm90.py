@@ -17,13 +17,16 @@ from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
 COLUMNS = (16, 32, 64, 128)
 PREFILL_COLUMNS = 192
 PREFILL_TILES = 16  # 16-row tiles of a block and round
-WARPGROUPS = 4
 MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
 RESERVED = 1024  # of a block's shared memory, before its first byte
-BARRIER_BYTES = 16 * MAX_STAGES * 8 + WARPGROUPS * MAX_X_STAGES * 16
 PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
 IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
+
+
+def warpgroups(columns: int) -> int:
+    """Of a block of sm90_gemm."""
+    return 6 if columns == 16 else 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Config:
 
     columns: int
     row_tiles: int
-    row_groups: int = WARPGROUPS
+    row_groups: int = 4
     splits: int = 1
     stages: int = 0  # 0: chosen here, in `complete`
     x_stages: int = 0  # likewise
@@ -78,7 +81,7 @@ class Config:
 
     @property
     def k_groups(self) -> int:
-        return WARPGROUPS // self.row_groups
+        return warpgroups(self.columns) // self.row_groups
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -126,12 +129,14 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
         return None
     if config.prefill:
         return _prefill_launch(problem, config, device)
+    groups = warpgroups(config.columns)
     if (
         config.columns not in COLUMNS
         or config.row_tiles < 1
-        or config.row_groups not in (1, 2, 4)
+        or config.row_groups < 1
+        or groups % config.row_groups
         or config.splits not in (1, 2, 4, 8)
-        or ((config.row_groups < WARPGROUPS or config.splits > 1)
+        or ((config.row_groups < groups or config.splits > 1)
             and config.row_tiles > 4 * config.row_groups)
         or config.overlap < 0
         or not 1 <= config.stages <= MAX_STAGES
@@ -141,8 +146,10 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     region = config.stages * problem.slot_bytes
     before = TABLE_OFFSET - RESERVED
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
-    low = min(16, (before - BARRIER_BYTES) // region)
-    total = max(high + (16 - low) * region, 16 * config.columns * (TILE_ROWS + 4) * 4)
+    barriers = groups * (4 * MAX_STAGES * 8 + MAX_X_STAGES * 16)
+    low = min(4 * groups, (before - barriers) // region)
+    sums = 4 * groups * config.columns * (TILE_ROWS + 4) * 4
+    total = max(high + (4 * groups - low) * region, sums)
     if total > device.shared_bytes:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
@@ -159,8 +166,8 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
         wanted = (config.stages,) if config.stages else (4, 3, 2)
         x_wanted = (config.x_stages,) if config.x_stages else (4, 3)
     else:
-        most = max(1, min(MAX_STAGES, IN_FLIGHT // (16 * problem.slot_bytes)))
-        wanted = (config.stages,) if config.stages else tuple(range(min(most, 4), 0, -1))
+        most = IN_FLIGHT // (4 * warpgroups(config.columns) * problem.slot_bytes)
+        wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
         x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
         for x_stages in x_wanted:
@@ -188,8 +195,9 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    for row_groups in (1, 2, 4):
-                        if row_groups == 4 and splits == 1 or row_tiles <= 4 * row_groups:
+                    groups = warpgroups(columns)
+                    for row_groups in (r for r in (1, 2, 3, 4, 6) if groups % r == 0):
+                        if row_groups == groups and splits == 1 or row_tiles <= 4 * row_groups:
                             yield Config(columns, row_tiles, row_groups, splits)
         yield Config(columns, 4, 1)  # always legal
 

@@ -1,0 +1,179 @@
+"""Times launches of a model's own layers on this GPU and writes the best to a tuning file.
+
+The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel runs
+with up to M rows of x, and how its launch is cut; ``flute_vllm/tuning/plan.py`` reads it. Entries
+found in the file are kept, so an interrupted run goes on where it was. The order of work and the
+candidates are fixed; times, and with them close decisions, vary by a few per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from flute_vllm import __version__, ops, tuning
+from flute_vllm.format import LayerSpec
+from flute_vllm.tools.bench import random_tensors
+from flute_vllm.tools.layers import LinearLayer
+from flute_vllm.tools.timing import copies_for, graph_us
+from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
+
+DENSE_ROWS = 512  # from here on decoding the whole weight for torch's GEMM may win
+DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
+QUICK, CAREFUL, FINALISTS = 2, 7, 4  # replays of all candidates, of the best few
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The winner of one bucket; ``tried`` launches were timed."""
+
+    key: str
+    numbers: tuple[int, ...]  # kernel, then its config
+    us: float
+    tried: int
+
+
+def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> list[Entry]:
+    """Launches worth timing, the most promising first; ``limit`` of the Hopper kernels."""
+    spec = layer.spec
+    problem = sm90.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
+    full = set()
+    for config in sm90.candidates(problem, gpu):
+        for stages in (0, 1, 2):
+            done = sm90.complete(problem, replace(config, stages=stages), gpu)
+            if done is not None:
+                full.add(done)
+    ranked = sorted(full, key=lambda c: (sm90.clocks(problem, c, gpu), c.numbers))[:limit]
+    found = [Entry(m, SM90, (*config.numbers[:-1], 1)) for config in ranked]
+    if m <= tuning.MAX_ROWS:
+        few = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
+        found.append(Entry(m, DECODE, tuning.select(few, gpu, overlap=1).numbers))
+    if m >= DENSE_ROWS:
+        found.append(Entry(m, DENSE))
+    return found
+
+
+def best_of(entries: list[Entry], time_us: Callable[[Entry, int], float]) -> tuple[Entry, float]:
+    """All once quickly, the best few carefully."""
+    quick = sorted((time_us(entry, QUICK), i) for i, entry in enumerate(entries))
+    finalists = [entries[i] for _, i in quick[:FINALISTS]]
+    if any(e.kernel == DECODE for e in entries) and not any(e.kernel == DECODE for e in finalists):
+        finalists.append(next(e for e in entries if e.kernel == DECODE))
+    careful = [(time_us(entry, CAREFUL), i) for i, entry in enumerate(finalists)]
+    us, winner = min(careful)
+    if finalists[winner].kernel == DECODE:  # the kernel of the rows above is left for a clear gain
+        others = [pair for pair in careful if finalists[pair[1]].kernel != DECODE]
+        if others and us > DECODE_WINS * min(others)[0]:
+            us, winner = min(others)
+    return finalists[winner], us
+
+
+def tune_layer(
+    layer: LinearLayer, rows: Iterable[int], gpu: tuning.Device, device: torch.device, limit: int
+) -> Iterator[Tuned]:
+    """Winners of the buckets ``rows``, one after another."""
+    spec = layer.spec
+    settings = (list(layer.parts), spec.bits, spec.group_size)
+    qweight, scales, table = random_tensors(layer, device)
+    records = ops.repack(qweight, scales, table, *settings)
+    scales = scales.new_empty(0)
+    copies = [records] + [records.clone() for _ in range(copies_for(records.numel() * 4) - 1)]
+    gemm = torch.ops.flute.gemm
+    for m in rows:
+        x = torch.randn(m, layer.k, device=device).to(spec.torch_scale_dtype)
+
+        def time_us(entry: Entry, replays: int, x: torch.Tensor = x) -> float:
+            numbers = replace(entry, largest_m=0).numbers
+            calls = [functools.partial(gemm, x, q, scales, table, *settings, numbers)
+                     for q in copies]  # fmt: skip
+            return graph_us(calls, replays)
+
+        entries = candidates(layer, m, gpu, limit)
+        entry, us = best_of(entries, time_us)
+        config = entry.config[:-1] if entry.kernel == SM90 else ()
+        key = f"{layer.n},{layer.k},{m},{spec.bits}"
+        yield Tuned(key, (entry.kernel, *config), us, len(entries))
+
+
+def write(path: Path, found: dict) -> None:
+    """Replaces the file at once: a reader never sees half of it."""
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+
+
+def tune(
+    layers: list[LinearLayer],
+    path: Path,
+    *,
+    rows: Iterable[int] = tuning.SM90_BUCKETS,
+    limit: int = 40,
+    budget_s: float = 0,
+    show: Callable[[str], None] = print,
+) -> int:
+    """Fills the tuning file for ``layers``; returns how many entries were added.
+
+    Raises FluteError where the extension has no CUDA kernels.
+    """
+    ops.load()
+    device, start = torch.device("cuda", torch.cuda.current_device()), time.monotonic()
+    gpu = tuning.device_of(device)
+    found = json.loads(path.read_text()) if path.is_file() else {"device": gpu.name}
+    section = found.setdefault("sm90", {})
+    work = [
+        (layer, m)
+        for layer in layers
+        for m in rows
+        if f"{layer.n},{layer.k},{m},{layer.spec.bits}" not in section
+    ]
+    added = 0
+    for layer in layers:
+        missing = [m for other, m in work if other is layer]
+        for tuned in tune_layer(layer, missing, gpu, device, limit) if missing else ():
+            section[tuned.key] = list(tuned.numbers)
+            found["sm90_by"] = f"flute-vllm {__version__}, torch {torch.__version__}"
+            write(path, found)
+            added += 1
+            spent = time.monotonic() - start
+            left = spent / added * (len(work) - added)
+            show(
+                f"{added}/{len(work)} {tuned.key}: {tuned.us:.1f} us, {tuned.numbers}, "
+                f"{tuned.tried} tried, {left:.0f} s left"
+            )
+            if budget_s and spent > budget_s:
+                show(f"stopped after {spent:.0f} s; run again to go on")
+                return added
+        torch.cuda.empty_cache()
+    return added
+
+
+def main() -> None:
+    """For hosts without the command-line packages: layers by size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("layers", help="NxK, ... ")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bits", default="4")
+    parser.add_argument("--rows", default=",".join(map(str, tuning.SM90_BUCKETS)))
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--budget-s", type=float, default=0)
+    arguments = parser.parse_args()
+    sizes = [tuple(map(int, text.split("x"))) for text in arguments.layers.split(",")]
+    layers = [
+        LinearLayer(f"{n}x{k}", (n,), k, LayerSpec(int(bits), 128))
+        for bits in arguments.bits.split(",")
+        for n, k in sizes
+    ]
+    rows = [int(m) for m in arguments.rows.split(",")]
+    tune(layers, arguments.out, rows=rows, limit=arguments.limit, budget_s=arguments.budget_s)
+
+
+if __name__ == "__main__":
+    main()
