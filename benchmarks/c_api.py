@@ -23,7 +23,10 @@ class DecodeConfig(ctypes.Structure):
 
 
 class Sm90Config(ctypes.Structure):
-    FIELDS = ("columns", "row_tiles", "row_groups", "splits", "stages", "x_stages", "overlap")
+    FIELDS = (
+        *("columns", "rows", "row_tiles", "row_groups"),
+        *("splits", "stages", "x_stages", "overlap"),
+    )
     _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
 
 

@@ -122,9 +122,9 @@ Tensor dense_records(const char* op, const FluteMatrix& matrix, const Tensor& qw
 // What runs with up to `largest_m` rows of x (0: any), as flute_vllm/tuning/plan.py chose it.
 enum Kernel : int64_t { kDense, kDecode, kSm90, kTile };
 struct PlanEntry {
-  static constexpr size_t kNumbers = 9;
+  static constexpr size_t kNumbers = 10;
   int64_t largest_m, kernel;
-  std::array<int32_t, 7> config;
+  std::array<int32_t, 8> config;
 };
 
 PlanEntry plan_entry(const std::vector<int64_t>& plan, int64_t m) {
@@ -172,7 +172,7 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
       break;
     }
     case kSm90: {
-      const FluteSm90Config config = {c[0], c[1], c[2], c[3], c[4], c[5], c[6]};
+      const FluteSm90Config config = {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
       error = flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to, stream);
       break;
     }

@@ -70,7 +70,7 @@ def test_measured_entries_are_legal():
 
 def test_blocks_cover_all_rows():
     problem = sm90.Problem(5000, 4096, 100, 4, 128, (3000, 1000, 1000))
-    config = sm90.complete(problem, sm90.Config(128, 12), tuning.H200)
+    config = sm90.complete(problem, sm90.Config(128, 1, 12), tuning.H200)
     launch = sm90.launch(problem, config, tuning.H200)
     assert launch.blocks == sum(math.ceil(rows / 192) for rows in problem.parts)
 
@@ -79,7 +79,8 @@ def test_what_the_kernels_do_not_take_is_refused():
     with pytest.raises(FluteError, match="no Hopper launch"):
         sm90.Problem(16, 33, 1, 4, 32)
     assert (
-        sm90.launch(sm90.Problem(16, 32, 1, 4, 32), sm90.Config(16, 4, 1, 1, 1, 2), AMPERE) is None
+        sm90.launch(sm90.Problem(16, 32, 1, 4, 32), sm90.Config(16, 1, 4, 1, 1, 1, 2), AMPERE)
+        is None
     )
     small = tuning.Device("small", 10, 49152, 90)
     with pytest.raises(FluteError, match="shared memory"):

@@ -1,7 +1,7 @@
 """Times launches of a model's own layers on this GPU and writes the best to a tuning file.
 
-The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel runs
-with up to M rows of x, and how its launch is cut; ``flute_vllm/tuning/plan.py`` reads it. Entries
+The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel
+runs with up to M rows of x, and how its launch is cut; ``flute_vllm/tuning/plan.py`` reads it. Entries
 found in the file are kept, so an interrupted run goes on where it was. The order of work and the
 candidates are fixed; times, and with them close decisions, vary by a few per cent.
 """

@@ -18,7 +18,7 @@ from flute_vllm.tuning.device import Device, measured
 
 DENSE, DECODE, SM90, TILE = range(4)  # as in kernels/bindings_cuda.cpp
 KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile")
-ENTRY_NUMBERS = 9  # largest M (0: any), kernel, up to seven numbers of its config
+ENTRY_NUMBERS = 10  # largest M (0: any), kernel, up to eight numbers of its config
 SM90_BUCKETS = (
     *(16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     *(768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),

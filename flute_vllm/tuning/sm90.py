@@ -7,6 +7,7 @@ Two kernels compute ``y[M, N] = x[M, K] w[N, K]^T`` with wgmma. ``kernels/cuda/s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,18 +16,16 @@ from flute_vllm.errors import FluteError
 from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
 
 COLUMNS = (16, 32, 64, 128)
+ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
 PREFILL_COLUMNS = 192
 PREFILL_TILES = 16  # 16-row tiles of a block and round
+WARPGROUPS = 4
 MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
+BARRIER_BYTES = 16 * MAX_STAGES * 8 + WARPGROUPS * MAX_X_STAGES * 16
 RESERVED = 1024  # of a block's shared memory, before its first byte
 PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
 IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
-
-
-def warpgroups(columns: int) -> int:
-    """Of a block of sm90_gemm."""
-    return 6 if columns == 16 else 4
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,9 @@ class Config:
     that run side by side, ``stages`` the requests of weights."""
 
     columns: int
+    rows: int
     row_tiles: int
-    row_groups: int = 4
+    row_groups: int = WARPGROUPS
     splits: int = 1
     stages: int = 0  # 0: chosen here, in `complete`
     x_stages: int = 0  # likewise
@@ -81,13 +81,13 @@ class Config:
 
     @property
     def k_groups(self) -> int:
-        return warpgroups(self.columns) // self.row_groups
+        return WARPGROUPS // self.row_groups
 
     @property
     def numbers(self) -> tuple[int, ...]:
         return (
-            self.columns, self.row_tiles, self.row_groups, self.splits, self.stages, self.x_stages,
-            self.overlap,
+            self.columns, self.rows, self.row_tiles, self.row_groups, self.splits, self.stages,
+            self.x_stages, self.overlap,
         )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
         config.row_tiles < PREFILL_TILES
         or config.row_tiles % PREFILL_TILES
         or config.row_groups != 2
+        or config.rows != 2
         or config.splits < 1
         or not 2 <= config.stages <= MAX_STAGES
         or not 3 <= config.x_stages <= MAX_X_STAGES
@@ -129,15 +130,13 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
         return None
     if config.prefill:
         return _prefill_launch(problem, config, device)
-    groups = warpgroups(config.columns)
     if (
-        config.columns not in COLUMNS
+        config.rows not in ROWS.get(config.columns, ())
         or config.row_tiles < 1
-        or config.row_groups < 1
-        or groups % config.row_groups
+        or config.row_groups not in (1, 2, 4)
         or config.splits not in (1, 2, 4, 8)
-        or ((config.row_groups < groups or config.splits > 1)
-            and config.row_tiles > 4 * config.row_groups)
+        or ((config.row_groups < WARPGROUPS or config.splits > 1)
+            and config.row_tiles > 4 * config.rows * config.row_groups)
         or config.overlap < 0
         or not 1 <= config.stages <= MAX_STAGES
         or not 2 <= config.x_stages <= MAX_X_STAGES
@@ -146,10 +145,9 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     region = config.stages * problem.slot_bytes
     before = TABLE_OFFSET - RESERVED
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
-    barriers = groups * (4 * MAX_STAGES * 8 + MAX_X_STAGES * 16)
-    low = min(4 * groups, (before - barriers) // region)
-    sums = 4 * groups * config.columns * (TILE_ROWS + 4) * 4
-    total = max(high + (4 * groups - low) * region, sums)
+    low = min(16, (before - BARRIER_BYTES) // region)
+    sums = 16 * config.rows * config.columns * (TILE_ROWS + 4) * 4
+    total = max(high + (16 - low) * region, sums)
     if total > device.shared_bytes:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
@@ -166,7 +164,7 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
         wanted = (config.stages,) if config.stages else (4, 3, 2)
         x_wanted = (config.x_stages,) if config.x_stages else (4, 3)
     else:
-        most = IN_FLIGHT // (4 * warpgroups(config.columns) * problem.slot_bytes)
+        most = IN_FLIGHT // (16 * problem.slot_bytes)
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
         x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
@@ -183,7 +181,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     if problem.m > 128:
         x_tiles = math.ceil(problem.m / PREFILL_COLUMNS)
         for rounds in (1, 2, 3, 4):
-            yield Config(PREFILL_COLUMNS, PREFILL_TILES * rounds, 2, min(8, x_tiles))
+            yield Config(PREFILL_COLUMNS, 2, PREFILL_TILES * rounds, 2, min(8, x_tiles))
     fitting = [c for c in COLUMNS if c < 2 * problem.m] or [COLUMNS[0]]
     for columns in fitting[-2:]:
         x_tiles = math.ceil(problem.m / columns)
@@ -195,11 +193,11 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    groups = warpgroups(columns)
-                    for row_groups in (r for r in (1, 2, 3, 4, 6) if groups % r == 0):
-                        if row_groups == groups and splits == 1 or row_tiles <= 4 * row_groups:
-                            yield Config(columns, row_tiles, row_groups, splits)
-        yield Config(columns, 4, 1)  # always legal
+                    for rows, row_groups in itertools.product(ROWS[columns], (1, 2, 4)):
+                        whole = row_groups == WARPGROUPS and splits == 1
+                        if whole or row_tiles <= 4 * rows * row_groups:
+                            yield Config(columns, rows, row_tiles, row_groups, splits)
+        yield Config(columns, 1, 4, 1)  # always legal
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
@@ -213,7 +211,7 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = config.row_tiles / 4
-    rounds = math.ceil(tiles64 / config.row_groups)
+    rounds = math.ceil(tiles64 / config.row_groups)  # of 64 rows, side by side or not
     # A 64 x 128 tile: shared memory (table, codes, x) or tensor cores if all warpgroups are busy,
     # the latency of one warpgroup if they are not.
     shared = 260 + 2.3 * config.columns

@@ -1,128 +1,108 @@
-// y[m, n] = x[m, k] * w[n, k]^T for few rows of x (m <= 32), w in the internal
-// layout.
+// y[m, n] = x[m, k] * w[n, k]^T for few rows of x (m <= 32), w in the internal layout.
 //
-// A block computes a few 16-row tiles of w over its range of k. Its warps form
-// `row_warps` groups along the rows; within a group they split k, tile by tile
-// in turns, so that together they read long contiguous runs. Each warp feeds
-// itself: a ring of tiles in flight, private barriers, no block-wide
-// synchronization between the start and the final sum. Where rows alone do not
-// fill the GPU, a cluster of blocks splits k. All sums are in a fixed order:
-// equal inputs give equal bits.
+// A block computes a few 16-row tiles of w over its range of k. Its warps form `row_warps` groups
+// along the rows; within a group they split k, tile by tile in turns, so that together they read
+// long contiguous runs. Each warp feeds itself: a ring of tiles in flight, private barriers, no
+// block-wide synchronization between the start and the final sum. Where rows alone do not fill the
+// GPU, a cluster of blocks splits k. All sums are in a fixed order: equal inputs give equal bits.
 //
-// The weights are the A operand (16 rows of w), x is B (8 rows of x a tile),
-// both in 16 bits; each group of k accumulates apart in fp32 and is multiplied
-// by its fp32 scale once, so that no weight is rounded after the table.
+// The weights are the A operand (16 rows of w), x is B (8 rows of x a tile), both in 16 bits; each
+// group of k accumulates apart in fp32 and is multiplied by its fp32 scale once, so that no weight
+// is rounded after the table.
 #pragma once
 
 #include "ring.cuh"
 
 namespace flute {
 
-constexpr int kXRow =
-    kTileK * 2 + 16; // bytes; the pad keeps ldmatrix free of bank conflicts
-constexpr int kPartialColumn =
-    16 + 4; // floats of one column of x; the pad likewise
+constexpr int kXRow = kTileK * 2 + 16;  // bytes; the pad keeps ldmatrix free of bank conflicts
+constexpr int kPartialColumn = 16 + 4;  // floats of one column of x; the pad likewise
 constexpr int kBarrierBytes = (kMaxSlots + 1) * 8;
 
-// What a launch needs; filled by decode_launch.cuh from FluteMatrix and
-// FluteDecodeConfig.
+// What a launch needs; filled by decode_launch.cuh from FluteMatrix and FluteDecodeConfig.
 struct DecodeParams {
-  const uint8_t *records;
-  const uint8_t *table;
-  const void *x;
-  void *y;
+  const uint8_t* records;
+  const uint8_t* table;
+  const void* x;
+  void* y;
   int m, n, k, k_tiles;
-  int table_bytes; // of one part
+  int table_bytes;  // of one part
   bool pair_table;
   int row_tiles, row_warps, k_warps, splits, slots;
-  int k_warps_log2,
-      splits_log2; // both are powers of two: an integer division costs
-  int rows_each;   // a tenth of a microsecond at the start of a block
-  uint32_t row_tiles_inverse,
-      rows_each_inverse; // 2^16 / d rounded up, for small dividends
-  int early_slots;       // requested before the previous kernel has finished
-  int x_bytes;           // of the x tiles of a step
-  int region_bytes;      // of one warp: its ring, later its partial sums
-  int x_offset;          // of all x tiles, from the start of shared memory
-  int first_region, low_regions,
-      high_region; // regions below the table, then those behind it
-  int first_block[FLUTE_MAX_PARTS + 1]; // of each part
+  int k_warps_log2, splits_log2;  // both are powers of two: an integer division costs
+  int rows_each;                  // a tenth of a microsecond at the start of a block
+  uint32_t row_tiles_inverse, rows_each_inverse;  // 2^16 / d rounded up, for small dividends
+  int early_slots;                             // requested before the previous kernel has finished
+  int x_bytes;                                 // of the x tiles of a step
+  int region_bytes;                            // of one warp: its ring, later its partial sums
+  int x_offset;                                // of all x tiles, from the start of shared memory
+  int first_region, low_regions, high_region;  // regions below the table, then those behind it
+  int first_block[FLUTE_MAX_PARTS + 1];        // of each part
   Parts parts;
 };
 
-template <int Bits_, typename T_, int XTiles_, int Groups_> struct DecodeShape {
+template <int Bits_, typename T_, int XTiles_, int Groups_>
+struct DecodeShape {
   using T = T_;
   static constexpr int kBits = Bits_;
-  static constexpr int kXTiles = XTiles_; // 8-row tiles of x: 1, 2, 4
-  static constexpr int kGroups = Groups_; // groups in a tile: 1, 2, 4
+  static constexpr int kXTiles = XTiles_;  // 8-row tiles of x: 1, 2, 4
+  static constexpr int kGroups = Groups_;  // groups in a tile: 1, 2, 4
   static constexpr int kWarps = 16;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kMaxRows = XTiles_ == 1   ? 8
-                                  : XTiles_ == 2 ? 4
-                                                 : 2; // row tiles of a warp
-  // x in registers: a whole tile, or half a tile at a time where that would be
-  // too many.
+  static constexpr int kMaxRows = XTiles_ == 1 ? 8 : XTiles_ == 2 ? 4 : 2;  // row tiles of a warp
+  // x in registers: a whole tile, or half a tile at a time where that would be too many.
   static constexpr int kHalves = XTiles_ == 4 ? 2 : 1;
   static constexpr int kXFragments = kFragments / kHalves;
-  // k tiles that a warp requests and multiplies in one step. A bulk copy holds
-  // up shared memory for 15 clocks whatever its size, a quarter of a tile's
-  // time (NOTES.md): the fewer the better.
+  // k tiles that a warp requests and multiplies in one step. A bulk copy holds up shared memory for
+  // 15 clocks whatever its size, a quarter of a tile's time (NOTES.md): the fewer the better.
   static constexpr int kDepth = XTiles_ == 1 ? 2 : 1;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
-  static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4; // bytes
+  static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
 };
 
-// One k tile of x: requested while the previous one is multiplied, then held in
-// registers.
-template <typename Shape> struct XTile {
+// One k tile of x: requested while the previous one is multiplied, then held in registers.
+template <typename Shape>
+struct XTile {
   uint32_t fragment[Shape::kXFragments][Shape::kXTiles][2];
 
-  // Warp `part` of `parts` that use the same tiles requests its share of the
-  // rows of `depth` tiles.
-  static __device__ __forceinline__ void
-  request(const DecodeParams &p, uint32_t to, uint32_t barrier, int k_tile,
-          int depth, int part, int parts, int lane) {
-    // Half a warp copies a row. k is a multiple of 32, so 16 bytes are all
-    // inside or all outside.
+  // Warp `part` of `parts` that use the same tiles requests its share of the rows of `depth` tiles.
+  static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
+                                                 uint32_t barrier, int k_tile, int depth, int part,
+                                                 int parts, int lane) {
+    // Half a warp copies a row. k is a multiple of 32, so 16 bytes are all inside or all outside.
     const int chunk = lane % 16;
     for (int d = 0; d < depth; d++, to += p.m * kXRow) {
       const int k = (k_tile + d) * kTileK + chunk * 8;
       const bool inside = k < p.k;
-      const uint8_t *from =
-          static_cast<const uint8_t *>(p.x) + (inside ? 2 * k : 0);
+      const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? 2 * k : 0);
 #pragma unroll 1
       for (int row = 2 * part + lane / 16; row < p.m; row += 2 * parts)
-        copy16(to + row * kXRow + chunk * 16,
-               from + row * static_cast<int64_t>(2 * p.k), inside);
+        copy16(to + row * kXRow + chunk * 16, from + row * static_cast<int64_t>(2 * p.k), inside);
     }
     copies_arrive(barrier);
   }
-  // `row[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last
-  // row of x.
+  // `row[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
   __device__ __forceinline__ void load(const uint32_t (&row)[Shape::kXTiles],
-                                       const uint32_t (&next)[Shape::kXTiles],
-                                       int d, int half) {
+                                       const uint32_t (&next)[Shape::kXTiles], int d, int half) {
 #pragma unroll
     for (int t = 0; t < Shape::kXTiles; t++)
 #pragma unroll
       for (int f = 0; f < Shape::kXFragments; f += 2) {
         uint32_t r[4];
-        load_matrices(r, row[t] + d * next[t] +
-                             (half * Shape::kXFragments + f) * 32);
+        load_matrices(r, row[t] + d * next[t] + (half * Shape::kXFragments + f) * 32);
         fragment[f][t][0] = r[0], fragment[f][t][1] = r[1];
         fragment[f + 1][t][0] = r[2], fragment[f + 1][t][1] = r[3];
       }
   }
 };
 
-// Scales of the rows that a lane's sums belong to (g and g + 8), for each group
-// of a tile.
-template <typename Shape> struct Scales {
+// Scales of the rows that a lane's sums belong to (g and g + 8), for each group of a tile.
+template <typename Shape>
+struct Scales {
   uint32_t word[Shape::kGroups];
   __device__ __forceinline__ void load(uint32_t record, int lane) {
-    const uint32_t at =
-        record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
+    const uint32_t at = record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
     if constexpr (Shape::kGroups == 1) {
       word[0] = load_shared(at);
     } else if constexpr (Shape::kGroups == 2) {
@@ -135,21 +115,20 @@ template <typename Shape> struct Scales {
   }
 };
 
-template <typename Shape> using Sums = float[Shape::kXTiles][4];
+template <typename Shape>
+using Sums = float[Shape::kXTiles][4];
 
 // sums += tile * x, for all of a tile's columns or one half of them
 template <typename Shape>
-__device__ __forceinline__ void
-multiply_tile(Sums<Shape> &sums, const Codes<Shape::kBits> &codes,
-              const Scales<Shape> &scales, const XTile<Shape> &x,
-              const Decoder<Shape::kBits> &decoder, int half) {
+__device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
+                                              const Scales<Shape>& scales, const XTile<Shape>& x,
+                                              const Decoder<Shape::kBits>& decoder, int half) {
   using T = typename Shape::T;
   constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
-  constexpr int kInStep = kFragmentsInGroup < Shape::kXFragments
-                              ? kFragmentsInGroup
-                              : Shape::kXFragments;
-  // Even and odd fragments apart: a chain of dependent products is half as
-  // long. With four x tiles there are four chains already.
+  constexpr int kInStep =
+      kFragmentsInGroup < Shape::kXFragments ? kFragmentsInGroup : Shape::kXFragments;
+  // Even and odd fragments apart: a chain of dependent products is half as long. With four x
+  // tiles there are four chains already.
   constexpr bool kTwoChains = Shape::kXTiles < 4;
 #pragma unroll
   for (int begin = 0; begin < Shape::kXFragments; begin += kInStep) {
@@ -159,38 +138,33 @@ multiply_tile(Sums<Shape> &sums, const Codes<Shape::kBits> &codes,
       uint32_t even[4], odd[4];
       decoder.decode(even, odd, codes, (half * Shape::kXFragments + f) / 2);
 #pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++)
-        multiply<T>(even_part[t], even, x.fragment[f][t]);
+      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(even_part[t], even, x.fragment[f][t]);
 #pragma unroll
       for (int t = 0; t < Shape::kXTiles; t++)
-        multiply<T>(kTwoChains ? odd_part[t] : even_part[t], odd,
-                    x.fragment[f + 1][t]);
+        multiply<T>(kTwoChains ? odd_part[t] : even_part[t], odd, x.fragment[f + 1][t]);
     }
-    const float2 scale = widen<T>(
-        scales.word[(half * Shape::kXFragments + begin) / kFragmentsInGroup]);
+    const float2 scale =
+        widen<T>(scales.word[(half * Shape::kXFragments + begin) / kFragmentsInGroup]);
 #pragma unroll
     for (int t = 0; t < Shape::kXTiles; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sums[t][i] +=
-            (i < 2 ? scale.x : scale.y) *
-            (kTwoChains ? even_part[t][i] + odd_part[t][i] : even_part[t][i]);
+        sums[t][i] += (i < 2 ? scale.x : scale.y) *
+                      (kTwoChains ? even_part[t][i] + odd_part[t][i] : even_part[t][i]);
   }
 }
 
 // A row tile's sums of one warp, as columns of 16 floats: [row of x][row of w].
 template <typename Shape>
-__device__ __forceinline__ void
-store_partial(uint32_t to, const Sums<Shape> &sums, int lane) {
+__device__ __forceinline__ void store_partial(uint32_t to, const Sums<Shape>& sums, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int tile = 0; tile < Shape::kXTiles; tile++)
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      store_shared_float(to + ((tile * 8 + 2 * t + (i & 1)) * kPartialColumn +
-                               g + 8 * (i >> 1)) *
-                                  4,
-                         sums[tile][i]);
+      store_shared_float(
+          to + ((tile * 8 + 2 * t + (i & 1)) * kPartialColumn + g + 8 * (i >> 1)) * 4,
+          sums[tile][i]);
 }
 
 template <typename Shape>
@@ -198,20 +172,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
-  const int warp =
-      __shfl_sync(~0u, thread / 32, 0); // known to be the same for all lanes
+  const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   const int split = blockIdx.x & (p.splits - 1);
   const BlockRows block(p, blockIdx.x >> p.splits_log2);
 
-  // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the
-  // other regions.
+  // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions.
   const uint32_t base = shared_address(shared);
-  const uint32_t table = (base + table_alignment(kWideTable) - 1) &
-                         ~(table_alignment(kWideTable) - 1u);
+  const uint32_t table =
+      (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
   auto region_of = [&](int w) {
-    return (w < p.low_regions
-                ? base + p.first_region
-                : base + p.high_region - p.low_regions * p.region_bytes) +
+    return (w < p.low_regions ? base + p.first_region
+                              : base + p.high_region - p.low_regions * p.region_bytes) +
            w * p.region_bytes;
   };
   const int row_warp = warp >> p.k_warps_log2, k_warp = warp & (p.k_warps - 1);
@@ -221,39 +192,31 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t x_tile = base + p.x_offset + k_warp * p.x_bytes;
   const uint32_t region = region_of(warp);
 
-  // This warp's share: `rows` row tiles from `first`, k tiles `begin` .. `end`
-  // - 1.
+  // This warp's share: `rows` row tiles from `first`, k tiles `begin` .. `end` - 1.
   const int first = row_warp * p.rows_each;
   const int rows = max(0, min(p.rows_each, block.tiles - first));
   const int block_begin = p.k_tiles * split >> p.splits_log2;
-  const int block_length =
-      (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
+  const int block_length = (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
   const int begin = block_begin + (block_length * k_warp >> p.k_warps_log2);
   const int end = block_begin + (block_length * (k_warp + 1) >> p.k_warps_log2);
   const int steps = (end - begin + Shape::kDepth - 1) / Shape::kDepth;
 
-  const uint8_t *part_table =
-      p.table + static_cast<int64_t>(block.part) * p.table_bytes;
+  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
   TableFill<Shape::kBits, Shape::kThreads> fill;
   fill.load(part_table, p.pair_table);
 
-  // The weights do not depend on the previous kernel: with overlap, some are
-  // requested while it still runs. The others follow x, which is needed first
-  // and would wait behind them.
+  // The weights do not depend on the previous kernel: with overlap, some are requested while it
+  // still runs. The others follow x, which is needed first and would wait behind them.
   TileRing<Shape> ring;
   ring.barriers = barriers, ring.slots_at = region, ring.slots = p.slots;
   ring.rows = rows, ring.k_left = rows > 0 ? end - begin : 0;
   ring.slot = ring.row = 0, ring.phase = 0, ring.ready = false;
   ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
   ring.back = -rows * ring.row_step;
-  ring.next =
-      p.records +
-      (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) *
-          Shape::kRecord;
-  if (lane < p.slots)
-    barrier_init(barriers + lane * 8, FLUTE_HAS_BULK ? 1 : 32);
-  if (lane == kMaxSlots)
-    barrier_init(barriers + lane * 8, 32 * p.row_warps);
+  ring.next = p.records +
+              (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) * Shape::kRecord;
+  if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK ? 1 : 32);
+  if (lane == kMaxSlots) barrier_init(barriers + lane * 8, 32 * p.row_warps);
 #if FLUTE_HAS_BULK
   barrier_init_fence();
   ring.policy = evict_first_policy();
@@ -262,10 +225,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.start(0, p.early_slots, lane);
 
   const Decoder<Shape::kBits> decoder(table, lane);
-  if (thread < kXRow / 16)
-    store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
-  uint32_t x_row[Shape::kXTiles],
-      x_next[Shape::kXTiles]; // a row, and how far to the next tile's
+  if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
+  uint32_t x_row[Shape::kXTiles], x_next[Shape::kXTiles];  // a row, and how far to the next tile's
 #pragma unroll
   for (int t = 0; t < Shape::kXTiles; t++) {
     const int row = t * 8 + lane % 8;
@@ -274,18 +235,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   auto request_x = [&](int step) {
     const int k_tile = begin + step * Shape::kDepth;
-    XTile<Shape>::request(p, x_tile, x_barrier, k_tile,
-                          min(Shape::kDepth, end - k_tile), row_warp,
+    XTile<Shape>::request(p, x_tile, x_barrier, k_tile, min(Shape::kDepth, end - k_tile), row_warp,
                           p.row_warps, lane);
   };
-  if (p.row_warps > 1)
-    __syncthreads(); // barriers of other warps
+  if (p.row_warps > 1) __syncthreads();  // barriers of other warps
 #if FLUTE_HAS_BULK
   allow_next_launch();
   wait_for_previous_launch();
 #endif
-  if (steps > 0)
-    request_x(0);
+  if (steps > 0) request_x(0);
   ring.start(p.early_slots, p.slots, lane);
   fill.store(table);
   __syncthreads();
@@ -294,8 +252,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   for (int step = 0; step < steps; step++) {
     barrier_wait(x_barrier, step & 1);
     auto request_next_x = [&] {
-      if (step + 1 == steps)
-        return;
+      if (step + 1 == steps) return;
       if (p.row_warps == 1)
         __syncwarp();
       else
@@ -303,13 +260,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       request_x(step + 1);
     };
     if constexpr (Shape::kHalves == 1) {
-      const bool full =
-          begin + (step + 1) * Shape::kDepth <= end; // else one k tile is left
+      const bool full = begin + (step + 1) * Shape::kDepth <= end;  // else one k tile is left
       XTile<Shape> x[Shape::kDepth];
 #pragma unroll
       for (int d = 0; d < Shape::kDepth; d++)
-        if (d == 0 || full)
-          x[d].load(x_row, x_next, d, 0);
+        if (d == 0 || full) x[d].load(x_row, x_next, d, 0);
       request_next_x();
 #pragma unroll
       for (int r = 0; r < Shape::kMaxRows; r++) {
@@ -317,14 +272,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
           const uint32_t slot = ring.wait();
 #pragma unroll
           for (int d = 0; d < Shape::kDepth; d++) {
-            if (d > 0 && !full)
-              continue;
+            if (d > 0 && !full) continue;
             Codes<Shape::kBits> codes;
             Scales<Shape> scales;
             codes.load(slot + d * Shape::kRecord, lane);
             scales.load(slot + d * Shape::kRecord, lane);
-            if (d == 0)
-              ring.look_ahead();
+            if (d == 0) ring.look_ahead();
             multiply_tile<Shape>(sums[r], codes, scales, x[d], decoder, 0);
           }
           ring.advance(lane);
@@ -338,8 +291,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         x.load(x_row, x_next, 0, half);
-        if (half == 1)
-          request_next_x();
+        if (half == 1) request_next_x();
 #pragma unroll
         for (int r = 0; r < Shape::kMaxRows; r++) {
           if (r < rows) {
@@ -352,8 +304,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
             codes.load(record[r], lane);
             scales.load(record[r], lane);
             multiply_tile<Shape>(sums[r], codes, scales, x, decoder, half);
-            if (half == 1)
-              done.advance(lane);
+            if (half == 1) done.advance(lane);
           }
         }
       }
@@ -365,41 +316,35 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncwarp();
 #pragma unroll
   for (int r = 0; r < Shape::kMaxRows; r++)
-    if (r < rows)
-      store_partial<Shape>(region + r * Shape::kPartialTile, sums[r], lane);
+    if (r < rows) store_partial<Shape>(region + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
   // Half a warp sums a column of 16 rows at a time; `write` takes it.
   auto for_each_output = [&](auto write) {
     const int row16 = thread % 16;
 #pragma unroll 1
-    for (int unit = thread / 16; unit < p.m * p.row_tiles;
-         unit += Shape::kThreads / 16) {
-      const int m = unit * p.row_tiles_inverse >> 16,
-                tile = unit - m * p.row_tiles;
+    for (int unit = thread / 16; unit < p.m * p.row_tiles; unit += Shape::kThreads / 16) {
+      const int m = unit * p.row_tiles_inverse >> 16, tile = unit - m * p.row_tiles;
       const int row = tile * kTileRows + row16;
-      if (row >= block.rows)
-        continue;
+      if (row >= block.rows) continue;
       const int group = tile * p.rows_each_inverse >> 16;
-      const uint32_t at = (tile - group * p.rows_each) * Shape::kPartialTile +
-                          (m * kPartialColumn + row16) * 4;
+      const uint32_t at =
+          (tile - group * p.rows_each) * Shape::kPartialTile + (m * kPartialColumn + row16) * 4;
       float sum = 0;
 #pragma unroll 1
       for (int i = 0; i < p.k_warps; i += 4) {
-        float part[4]; // loaded together, added in order
+        float part[4];  // loaded together, added in order
 #pragma unroll
         for (int j = 0; j < 4; j++)
           part[j] = i + j < p.k_warps
-                        ? load_shared_float(
-                              region_of((group << p.k_warps_log2) + i + j) + at)
+                        ? load_shared_float(region_of((group << p.k_warps_log2) + i + j) + at)
                         : 0;
         sum = sum + part[0] + part[1] + part[2] + part[3];
       }
       write(m, row, sum);
     }
   };
-  typename Shape::T *y =
-      static_cast<typename Shape::T *>(p.y) + block.first_row;
+  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row;
   auto write_y = [&](int m, int row, float sum) {
     y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
   };
@@ -408,27 +353,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     return;
   }
 #if FLUTE_HAS_BULK
-  // Then over the blocks of the cluster, in theirs; each writes a share of y.
-  // The table is no longer needed, its place takes the block's sums.
+  // Then over the blocks of the cluster, in theirs; each writes a share of y. The table is no
+  // longer needed, its place takes the block's sums.
   const int stride = p.row_tiles * kTileRows;
-  for_each_output([&](int m, int row, float sum) {
-    store_shared_float(table + (m * stride + row) * 4, sum);
-  });
+  for_each_output(
+      [&](int m, int row, float sum) { store_shared_float(table + (m * stride + row) * 4, sum); });
   cluster_sync();
 #pragma unroll 1
   for (int i = split * Shape::kThreads + thread; i < p.m * stride;
        i += Shape::kThreads << p.splits_log2) {
-    const int unit = i / 16, m = unit * p.row_tiles_inverse >> 16,
-              row = i - m * stride;
-    if (row >= block.rows)
-      continue;
+    const int unit = i / 16, m = unit * p.row_tiles_inverse >> 16, row = i - m * stride;
+    if (row >= block.rows) continue;
     float sum = 0;
-    for (int rank = 0; rank < p.splits; rank++)
-      sum += load_cluster_float(table + i * 4, rank);
+    for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(table + i * 4, rank);
     write_y(m, row, sum);
   }
-  cluster_sync(); // no block leaves while another reads its sums
+  cluster_sync();  // no block leaves while another reads its sums
 #endif
 }
 
-} // namespace flute
+}  // namespace flute

@@ -1,5 +1,4 @@
-// From a problem and a configuration to a launch of decode_kernel. Included by
-// the decode_w*.cu.
+// From a problem and a configuration to a launch of decode_kernel. Included by the decode_w*.cu.
 #pragma once
 
 #include "decode.cuh"
@@ -10,23 +9,19 @@ namespace flute {
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
-  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region,
-      total;
+  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, total;
 };
 
-// Barriers, zeros, x and some regions | the table | the other regions. x goes
-// behind the table where there is no room before it.
+// Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table
+// where there is no room before it.
 template <typename Shape>
-SharedPlan plan_shared(const FluteDecodeConfig &config, int m, bool wide,
-                       int limit) {
+SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int limit) {
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  const int ring = config.slots * Shape::kSlot,
-            partial = rows_each * Shape::kPartialTile;
+  const int ring = config.slots * Shape::kSlot, partial = rows_each * Shape::kPartialTile;
   SharedPlan plan;
   plan.x_bytes = Shape::kDepth * m * kXRow;
   plan.region_bytes = ring > partial ? ring : partial;
-  const int before =
-      table_alignment(wide) - kSharedReserved; // the table's offset
+  const int before = table_alignment(wide) - kSharedReserved;  // the table's offset
   const int x_total = Shape::kWarps / config.row_warps * plan.x_bytes;
   plan.x_offset = Shape::kWarps * kBarrierBytes + kXRow;
   plan.high_region = before + table_bytes(wide);
@@ -38,51 +33,40 @@ SharedPlan plan_shared(const FluteDecodeConfig &config, int m, bool wide,
     plan.high_region += x_total;
   }
   plan.low_regions = (before - plan.first_region) / plan.region_bytes;
-  if (plan.low_regions > Shape::kWarps)
-    plan.low_regions = Shape::kWarps;
+  if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
   const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
-  plan.total =
-      plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
-  if (sums > table_bytes(wide) || plan.total > limit)
-    plan.total = -1;
+  plan.total = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
+  if (sums > table_bytes(wide) || plan.total > limit) plan.total = -1;
   return plan;
 }
 
 template <typename Shape>
-int launch_shape(const FluteMatrix &matrix, FluteDecodeConfig config, int m,
-                 const void *x, const void *records, const void *table, void *y,
-                 cudaStream_t stream) {
+int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
+                 const void* records, const void* table, void* y, cudaStream_t stream) {
   DeviceLimits device;
-  if (const int error = device.load())
-    return error;
+  if (const int error = device.load()) return error;
   const int limit = device.shared_limit;
-  if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 ||
-      config.overlap < 0)
+  if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
     return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  if (rows_each > Shape::kMaxRows || config.row_tiles > 128 ||
-      Shape::kWarps % config.row_warps || config.splits > 8 ||
-      (config.splits & (config.splits - 1)))
+  if (rows_each > Shape::kMaxRows || config.row_tiles > 128 || Shape::kWarps % config.row_warps ||
+      config.splits > 8 || (config.splits & (config.splits - 1)))
     return kBadConfig;
 
   static std::atomic<int> versions[kMaxDevices];
-  if (const int error = device.prepare(decode_kernel<Shape>, versions))
-    return error;
+  if (const int error = device.prepare(decode_kernel<Shape>, versions)) return error;
   const int version = device.ptx_version;
   const bool wide = has_wide_table(version), hopper = version >= 90;
-  if (config.splits > 1 && !hopper)
-    return kBadConfig;
+  if (config.splits > 1 && !hopper) return kBadConfig;
 
   SharedPlan plan;
   const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
-  // About 70 KiB in flight fill the memory system; beyond 100 KiB a block,
-  // bandwidth drops by a third (NOTES.md).
+  // About 70 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
+  // third (NOTES.md).
   if (config.slots <= 0) {
     config.slots = 80 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
-    if (config.slots > kMaxSlots)
-      config.slots = kMaxSlots;
-    if (config.slots < least_slots + 1)
-      config.slots = least_slots + 1;
+    if (config.slots > kMaxSlots) config.slots = kMaxSlots;
+    if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
       config.slots--;
       plan = plan_shared<Shape>(config, m, wide, limit);
@@ -90,72 +74,65 @@ int launch_shape(const FluteMatrix &matrix, FluteDecodeConfig config, int m,
   } else {
     plan = plan_shared<Shape>(config, m, wide, limit);
   }
-  if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots)
-    return kBadConfig;
+  if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots) return kBadConfig;
 
-  const int table_entry =
-      matrix.pair_table ? (2 << (2 * matrix.bits)) : (1 << matrix.bits);
-  DecodeParams params{
-      static_cast<const uint8_t *>(records),
-      static_cast<const uint8_t *>(table),
-      x,
-      y,
-      m,
-      matrix.n,
-      matrix.k,
-      ceil_div(matrix.k, kTileK),
-      table_entry * 2,
-      matrix.pair_table != 0,
-      config.row_tiles,
-      config.row_warps,
-      Shape::kWarps / config.row_warps,
-      config.splits,
-      config.slots,
-      log2_of(Shape::kWarps / config.row_warps),
-      log2_of(config.splits),
-      rows_each,
-      static_cast<uint32_t>(ceil_div(1 << 16, config.row_tiles)),
-      static_cast<uint32_t>(ceil_div(1 << 16, rows_each)),
-      config.overlap < config.slots ? config.overlap : config.slots,
-      plan.x_bytes,
-      plan.region_bytes,
-      plan.x_offset,
-      plan.first_region,
-      plan.low_regions,
-      plan.high_region,
-      {},
-      Parts(matrix)};
+  const int table_entry = matrix.pair_table ? (2 << (2 * matrix.bits)) : (1 << matrix.bits);
+  DecodeParams params{static_cast<const uint8_t*>(records),
+                      static_cast<const uint8_t*>(table),
+                      x,
+                      y,
+                      m,
+                      matrix.n,
+                      matrix.k,
+                      ceil_div(matrix.k, kTileK),
+                      table_entry * 2,
+                      matrix.pair_table != 0,
+                      config.row_tiles,
+                      config.row_warps,
+                      Shape::kWarps / config.row_warps,
+                      config.splits,
+                      config.slots,
+                      log2_of(Shape::kWarps / config.row_warps),
+                      log2_of(config.splits),
+                      rows_each,
+                      static_cast<uint32_t>(ceil_div(1 << 16, config.row_tiles)),
+                      static_cast<uint32_t>(ceil_div(1 << 16, rows_each)),
+                      config.overlap < config.slots ? config.overlap : config.slots,
+                      plan.x_bytes,
+                      plan.region_bytes,
+                      plan.x_offset,
+                      plan.first_region,
+                      plan.low_regions,
+                      plan.high_region,
+                      {},
+                      Parts(matrix)};
   for (int i = 0; i < matrix.parts; i++)
     params.first_block[i + 1] =
         params.first_block[i] +
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
   const int blocks = params.first_block[matrix.parts];
 
-  return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits),
-                       Shape::kThreads, plan.total, config.splits,
-                       config.overlap && hopper, stream, params);
+  return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
+                       plan.total, config.splits, config.overlap && hopper, stream, params);
 }
 
-// One function for each bit width, each in a file of its own so that they build
-// side by side.
-#define FLUTE_DECODE_ARGUMENTS                                                 \
-  const FluteMatrix &matrix, const FluteDecodeConfig &config, int m,           \
-      const void *x, const void *records, const void *table, void *y,          \
-      cudaStream_t stream
+// One function for each bit width, each in a file of its own so that they build side by side.
+#define FLUTE_DECODE_ARGUMENTS                                                      \
+  const FluteMatrix &matrix, const FluteDecodeConfig &config, int m, const void *x, \
+      const void *records, const void *table, void *y, cudaStream_t stream
 int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
 
 template <int Bits, typename T, int XTiles>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                     \
-  case GROUPS:                                                                 \
-    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(                 \
-        matrix, config, m, x, records, table, y, stream)
+#define FLUTE_CASE(GROUPS)                                                                   \
+  case GROUPS:                                                                               \
+    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(matrix, config, m, x, records, \
+                                                              table, y, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
-#ifndef FLUTE_FEW_SHAPES // for quick builds while developing: bf16, groups of
-                         // 128
+#ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
     FLUTE_CASE(2);
     FLUTE_CASE(4);
 #endif
@@ -164,21 +141,21 @@ int launch_groups(FLUTE_DECODE_ARGUMENTS) {
   return kBadShape;
 }
 
-template <int Bits, typename T> int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
+template <int Bits, typename T>
+int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
   const auto launch = m <= 8    ? launch_groups<Bits, T, 1>
                       : m <= 16 ? launch_groups<Bits, T, 2>
                                 : launch_groups<Bits, T, 4>;
   return launch(matrix, config, m, x, records, table, y, stream);
 }
 
-template <int Bits> int launch_bits(FLUTE_DECODE_ARGUMENTS) {
+template <int Bits>
+int launch_bits(FLUTE_DECODE_ARGUMENTS) {
 #ifndef FLUTE_FEW_SHAPES
   if (matrix.dtype == FLUTE_FLOAT16)
-    return launch_x_tiles<Bits, __half>(matrix, config, m, x, records, table, y,
-                                        stream);
+    return launch_x_tiles<Bits, __half>(matrix, config, m, x, records, table, y, stream);
 #endif
-  return launch_x_tiles<Bits, __nv_bfloat16>(matrix, config, m, x, records,
-                                             table, y, stream);
+  return launch_x_tiles<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
 }
 
-} // namespace flute
+}  // namespace flute

@@ -1,6 +1,5 @@
-// What every launch does: ask the device once, describe x to the tensor copy
-// engine, launch with the attributes of clusters and of programmatic dependent
-// launch.
+// What every launch does: ask the device once, describe x to the tensor copy engine, launch with
+// the attributes of clusters and of programmatic dependent launch.
 #pragma once
 
 #include <cuda.h>
@@ -14,8 +13,7 @@
 namespace flute {
 
 constexpr int kMaxDevices = 64;
-constexpr int kSharedReserved =
-    1024; // the system's share at the start of a block's memory
+constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
 
 inline int log2_of(int power) {
   return power <= 1 ? 0 : 1 + log2_of(power / 2);
@@ -26,70 +24,53 @@ struct DeviceLimits {
   int device = 0, shared_limit = 0, ptx_version = 0;
 
   int load() {
-    if (const cudaError_t error = cudaGetDevice(&device))
-      return error;
-    return cudaDeviceGetAttribute(
-        &shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    return cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   // `versions`: of this kernel, one for each device; asked and prepared once.
   template <typename Kernel>
-  int prepare(Kernel *kernel, std::atomic<int> *versions) {
-    if (device < kMaxDevices)
-      ptx_version = versions[device].load(std::memory_order_relaxed);
-    if (ptx_version != 0)
-      return 0;
+  int prepare(Kernel* kernel, std::atomic<int>* versions) {
+    if (device < kMaxDevices) ptx_version = versions[device].load(std::memory_order_relaxed);
+    if (ptx_version != 0) return 0;
     cudaFuncAttributes code;
     cudaError_t error = cudaFuncGetAttributes(&code, kernel);
     if (error == cudaSuccess)
-      error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit);
-    if (error != cudaSuccess)
-      return error;
+      error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit);
+    if (error != cudaSuccess) return error;
     ptx_version = code.ptxVersion;
-    if (device < kMaxDevices)
-      versions[device].store(ptx_version, std::memory_order_relaxed);
+    if (device < kMaxDevices) versions[device].store(ptx_version, std::memory_order_relaxed);
     return 0;
   }
 };
 
-// Boxes of 64 columns and `box_rows` rows of x [m, k], swizzled for wgmma;
-// zeros outside of x.
-inline int map_rows(CUtensorMap *map, const void *x, int m, int k, int dtype,
-                    int box_rows) {
+// Boxes of 64 columns and `box_rows` rows of x [m, k], swizzled for wgmma; zeros outside of x.
+inline int map_rows(CUtensorMap* map, const void* x, int m, int k, int dtype, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode =
-      [] { // by name: the library also loads where there is no driver
-        void *function = nullptr;
-        cudaDriverEntryPointQueryResult found =
-            cudaDriverEntryPointSymbolNotFound;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-            &found);
-        const bool ok =
-            error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-        return reinterpret_cast<Encode>(ok ? function : nullptr);
-      }();
-  if (encode == nullptr)
-    return kNoTensorMaps;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k),
-                               static_cast<cuuint64_t>(m)};
+  static const Encode encode = [] {  // by name: the library also loads where there is no driver
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+    const bool ok = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<Encode>(ok ? function : nullptr);
+  }();
+  if (encode == nullptr) return kNoTensorMaps;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(m)};
   const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(k) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)},
-                   steps[2] = {1, 1};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
   const CUresult result = encode(
       map,
-      dtype == FLUTE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      2, const_cast<void *>(x), sizes, row_bytes, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      dtype == FLUTE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2, const_cast<void*>(x), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : kBadShape;
 }
 
 template <typename... Parameters, typename... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
-                  int shared_bytes, int cluster, bool overlap,
-                  cudaStream_t stream, Arguments &&...arguments) {
+int launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                  int cluster, bool overlap, cudaStream_t stream, Arguments&&... arguments) {
   cudaLaunchConfig_t launch = {};
   launch.gridDim = grid;
   launch.blockDim = dim3(threads);
@@ -99,18 +80,15 @@ int launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
   launch.attrs = attributes;
   if (cluster > 1) {
     attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[launch.numAttrs].val.clusterDim = {
-        static_cast<unsigned>(cluster), 1, 1};
+    attributes[launch.numAttrs].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     launch.numAttrs++;
   }
   if (overlap) {
-    attributes[launch.numAttrs].id =
-        cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[launch.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     launch.numAttrs++;
   }
-  return cudaLaunchKernelEx(&launch, kernel,
-                            static_cast<Arguments &&>(arguments)...);
+  return cudaLaunchKernelEx(&launch, kernel, static_cast<Arguments&&>(arguments)...);
 }
 
-} // namespace flute
+}  // namespace flute

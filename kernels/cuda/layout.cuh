@@ -1,32 +1,26 @@
-// The internal layout of a quantized matrix on the GPU: where every code and
-// scale lies.
+// The internal layout of a quantized matrix on the GPU: where every code and scale lies.
 //
-// A record holds 16 rows x 128 columns: the codes, then the scales of those
-// rows and columns, so that one contiguous copy brings all that the tensor
-// cores need. Records are ordered [row tile][k tile]; every part of a fused
-// matrix begins a new row tile, so a tile has one table. Rows past the end of a
-// part and columns past k have scale 0.
+// A record holds 16 rows x 128 columns: the codes, then the scales of those rows and columns, so
+// that one contiguous copy brings all that the tensor cores need. Records are ordered
+// [row tile][k tile]; every part of a fused matrix begins a new row tile, so a tile has one table.
+// Rows past the end of a part and columns past k have scale 0.
 //
-//   record = codes (256 * bits bytes) | scales (32 bytes for each group in the
-//   tile, at least one)
+//   record = codes (256 * bits bytes) | scales (32 bytes for each group in the tile, at least one)
 //
-// Codes are in the order of mma.m16n8k16's A operand, which is wgmma's too.
-// Fragment f = 0..7 of a tile is 16 x 16; lane (g = lane / 4, t = lane % 4)
-// holds in register j, half e
+// Codes are in the order of mma.m16n8k16's A operand, which is wgmma's too. Fragment f = 0..7 of a
+// tile is 16 x 16; lane (g = lane / 4, t = lane % 4) holds in register j, half e
 //
 //   row = g + 8 * (j & 1),   k = 16 * f + 2 * t + 8 * (j >> 1) + e.
 //
-// The eight codes of a lane and fragment are the nibbles n = 2 * j + e of one
-// 32-bit "nibble word": byte j is then an index into a table of pairs, and the
-// whole word is a selector for PRMT.
+// The eight codes of a lane and fragment are the nibbles n = 2 * j + e of one 32-bit "nibble word":
+// byte j is then an index into a table of pairs, and the whole word is a selector for PRMT.
 //
-//   4 bits: word f is the nibble word.       Two 16-byte vectors a lane: f < 4,
-//   then f >= 4. 2 bits: word f / 2 holds fragment f in bits 2 * (f & 1) + {0,
-//   1} of each nibble. 3 bits: low two bits as at 2 bits; bit 2 in an 8-byte
-//   vector: word f / 4, bit f & 3 of a nibble.
+//   4 bits: word f is the nibble word.       Two 16-byte vectors a lane: f < 4, then f >= 4.
+//   2 bits: word f / 2 holds fragment f in bits 2 * (f & 1) + {0, 1} of each nibble.
+//   3 bits: low two bits as at 2 bits; bit 2 in an 8-byte vector: word f / 4, bit f & 3 of a
+//   nibble.
 //
-// Scales: word g * groups + i holds the scales of rows g (low half) and g + 8
-// of group i.
+// Scales: word g * groups + i holds the scales of rows g (low half) and g + 8 of group i.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +37,8 @@ __host__ __device__ constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// Groups of scales in one tile. A group longer than a tile is stored once for
-// each of its tiles: 3 % more bytes at most, and no second kind of record.
+// Groups of scales in one tile. A group longer than a tile is stored once for each of its tiles:
+// 3 % more bytes at most, and no second kind of record.
 __host__ __device__ constexpr int groups_in_tile(int group_size) {
   return group_size > 0 && group_size < kTileK ? kTileK / group_size : 1;
 }
@@ -55,10 +49,8 @@ __host__ __device__ constexpr int record_bytes(int bits, int groups) {
   return code_bytes(bits) + groups * kTileRows * 2;
 }
 
-// Bit position, within a record, of bit `b` of the code of (lane, fragment,
-// nibble).
-__host__ __device__ constexpr int code_bit(int bits, int lane, int fragment,
-                                           int nibble, int b) {
+// Bit position, within a record, of bit `b` of the code of (lane, fragment, nibble).
+__host__ __device__ constexpr int code_bit(int bits, int lane, int fragment, int nibble, int b) {
   if (bits == 4) {
     const int byte = (fragment >> 2) * 512 + lane * 16 + (fragment & 3) * 4;
     return byte * 8 + 4 * nibble + b;
@@ -75,8 +67,7 @@ __host__ __device__ constexpr int code_bit(int bits, int lane, int fragment,
 __host__ __device__ constexpr int code_row(int lane, int nibble) {
   return lane / 4 + 8 * ((nibble >> 1) & 1);
 }
-__host__ __device__ constexpr int code_column(int lane, int fragment,
-                                              int nibble) {
+__host__ __device__ constexpr int code_column(int lane, int fragment, int nibble) {
   return 16 * fragment + 2 * (lane % 4) + 8 * (nibble >> 2) + (nibble & 1);
 }
 // Index of the 16-bit scale of (row, group) among the scales of a record.
@@ -87,11 +78,11 @@ __host__ __device__ constexpr int scale_index(int groups, int row, int group) {
 // The parts of a matrix as a kernel sees them, by value.
 struct Parts {
   int count;
-  int row[FLUTE_MAX_PARTS + 1];  // first row of each part; row[count] = n
-  int tile[FLUTE_MAX_PARTS + 1]; // first row tile of each part
+  int row[FLUTE_MAX_PARTS + 1];   // first row of each part; row[count] = n
+  int tile[FLUTE_MAX_PARTS + 1];  // first row tile of each part
 
   Parts() = default;
-  __host__ explicit Parts(const FluteMatrix &matrix) : count(matrix.parts) {
+  __host__ explicit Parts(const FluteMatrix& matrix) : count(matrix.parts) {
     row[0] = tile[0] = 0;
     for (int i = 0; i < count; i++) {
       row[i + 1] = row[i] + matrix.part_rows[i];
@@ -101,10 +92,9 @@ struct Parts {
   __host__ __device__ int tiles() const { return tile[count]; }
   __device__ int part_of_tile(int index) const {
     int part = 0;
-    while (index >= tile[part + 1])
-      part++;
+    while (index >= tile[part + 1]) part++;
     return part;
   }
 };
 
-} // namespace flute
+}  // namespace flute

@@ -1,16 +1,13 @@
 // From codes to tensor-core operands through a table.
 //
-// A 16-bit table of values becomes a table of pairs in shared memory, so one
-// 4-byte load makes two weights: exactly one A register. Entry i is repeated in
-// 32 words, one for each bank; lane l reads only bank l, so no access conflicts
-// whatever the codes are. Shared memory delivers 64 weights a clock this way;
-// streaming 4.4 TB/s takes 34 (4 bits), 45 (3 bits) or 67 (2 bits) of an H200
-// SM.
+// A 16-bit table of values becomes a table of pairs in shared memory, so one 4-byte load makes two
+// weights: exactly one A register. Entry i is repeated in 32 words, one for each bank; lane l reads
+// only bank l, so no access conflicts whatever the codes are. Shared memory delivers 64 weights a
+// clock this way; streaming 4.4 TB/s takes 34 (4 bits), 45 (3 bits) or 67 (2 bits) of an H200 SM.
 //
-// Rows of 256 bytes at a multiple of 64 KiB make the index a byte of the
-// address: one PRMT both extracts it and adds the lane's offset. With shifts
-// and masks instead, a 4-bit tile took 176 instructions rather than 130, and
-// instruction issue, not memory, was the limit (NOTES.md).
+// Rows of 256 bytes at a multiple of 64 KiB make the index a byte of the address: one PRMT both
+// extracts it and adds the lane's offset. With shifts and masks instead, a 4-bit tile took 176
+// instructions rather than 130, and instruction issue, not memory, was the limit (NOTES.md).
 #pragma once
 
 #include "layout.cuh"
@@ -27,10 +24,9 @@ __host__ __device__ constexpr bool has_wide_table(int arch) {
 #ifdef __CUDA_ARCH__
 constexpr bool kWideTable = has_wide_table(__CUDA_ARCH__ / 10);
 #else
-constexpr bool kWideTable = true; // host code asks has_wide_table
+constexpr bool kWideTable = true;  // host code asks has_wide_table
 #endif
-// The index is bits 8..15 of a wide table's address, 7..14 of a narrow one's:
-// free in its start.
+// The index is bits 8..15 of a wide table's address, 7..14 of a narrow one's: free in its start.
 __host__ __device__ constexpr uint32_t table_alignment(bool wide) {
   return wide ? 0x10000 : 0x8000;
 }
@@ -41,13 +37,12 @@ __host__ __device__ constexpr int table_bytes(bool wide) {
   return kTableEntries * table_row(wide);
 }
 
-// The two values of a table entry, on their way: not touched before they are
-// needed.
+// The two values of a table entry, on their way: not touched before they are needed.
 struct TablePair {
   uint32_t low, high;
-  __device__ __forceinline__ void load(const void *table, bool pairs, int bits,
-                                       uint32_t first, uint32_t second) {
-    const uint16_t *values = static_cast<const uint16_t *>(table);
+  __device__ __forceinline__ void load(const void* table, bool pairs, int bits, uint32_t first,
+                                       uint32_t second) {
+    const uint16_t* values = static_cast<const uint16_t*>(table);
     const uint32_t at = 2 * (first << bits | second);
     low = __ldg(values + (pairs ? at : first));
     high = __ldg(values + (pairs ? at + 1 : second));
@@ -55,23 +50,21 @@ struct TablePair {
   __device__ __forceinline__ uint32_t word() const { return low | high << 16; }
 };
 
-// Writes the shared table, all threads together, from a part's global table. In
-// two steps, so that other requests can be made while the global loads are
-// under way. TwoFragments: an entry has the pairs of two fragments, eight
-// bytes.
-template <int Bits, int Threads, bool Wide = kWideTable,
-          bool TwoFragments = Bits == 2>
+// Writes the shared table, all threads together, from a part's global table. In two steps, so that
+// other requests can be made while the global loads are under way. TwoFragments: an entry has the
+// pairs of two fragments, eight bytes.
+template <int Bits, int Threads, bool Wide = kWideTable, bool TwoFragments = Bits == 2>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
   TablePair first[kStores], second[TwoFragments ? kStores : 1];
 
-  __device__ __forceinline__ void load(const void *table, bool pairs) {
+  __device__ __forceinline__ void load(const void* table, bool pairs) {
 #pragma unroll
     for (int i = 0; i < kStores; i++) {
       const uint32_t index = (threadIdx.x + i * Threads) / 8;
-      // Low code in bits 0..3 of a nibble word's byte, high code in bits 4..7.
-      // At 3 bits the fourth bits are another fragment's: the entries do not
-      // depend on them. At 2 bits a byte holds the pairs of two fragments.
+      // Low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
+      // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte
+      // holds the pairs of two fragments.
       if constexpr (TwoFragments) {
         first[i].load(table, pairs, 2, index & 3, index >> 4 & 3);
         second[i].load(table, pairs, 2, index >> 2 & 3, index >> 6);
@@ -87,30 +80,28 @@ struct TableFill {
     for (int i = 0; i < kStores; i++) {
       const uint32_t at = threadIdx.x + i * Threads;
       const uint32_t even = first[i].word(),
-                     odd = TwoFragments ? second[TwoFragments ? i : 0].word()
-                                        : even;
-      store_shared4(to + at / 8 * table_row(Wide) + at % 8 * 16,
-                    make_uint4(even, odd, even, odd));
+                     odd = TwoFragments ? second[TwoFragments ? i : 0].word() : even;
+      store_shared4(to + at / 8 * table_row(Wide) + at % 8 * 16, make_uint4(even, odd, even, odd));
     }
   }
 };
 
 // The codes of one tile that a lane holds, read from a record in shared memory.
-template <int Bits> struct Codes;
+template <int Bits>
+struct Codes;
 
-template <> struct Codes<4> {
+template <>
+struct Codes<4> {
   uint32_t word[8];
   __device__ __forceinline__ void load(uint32_t record, int lane) {
 #pragma unroll
     for (int v = 0; v < 2; v++) {
       const uint4 q = load_shared4(record + v * 512 + lane * 16);
-      word[4 * v] = q.x, word[4 * v + 1] = q.y, word[4 * v + 2] = q.z,
-               word[4 * v + 3] = q.w;
+      word[4 * v] = q.x, word[4 * v + 1] = q.y, word[4 * v + 2] = q.z, word[4 * v + 3] = q.w;
     }
   }
   // Only fragments 4 * half .. 4 * half + 3.
-  __device__ __forceinline__ void load_half(uint32_t record, int half,
-                                            int lane) {
+  __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
     const uint4 q = load_shared4(record + half * 512 + lane * 16);
     word[4 * half] = q.x, word[4 * half + 1] = q.y, word[4 * half + 2] = q.z;
     word[4 * half + 3] = q.w;
@@ -118,29 +109,28 @@ template <> struct Codes<4> {
   __device__ __forceinline__ uint32_t nibbles(int f) const { return word[f]; }
 };
 
-template <> struct Codes<2> {
+template <>
+struct Codes<2> {
   uint32_t word[4];
   __device__ __forceinline__ void load(uint32_t record, int lane) {
     const uint4 q = load_shared4(record + lane * 16);
     word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
   }
-  __device__ __forceinline__ void load_half(uint32_t record, int half,
-                                            int lane) {
+  __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
     const uint2 q = load_shared2(record + lane * 16 + half * 8);
     word[2 * half] = q.x, word[2 * half + 1] = q.y;
   }
 };
 
-template <> struct Codes<3> {
+template <>
+struct Codes<3> {
   uint32_t low[4], high[2];
   __device__ __forceinline__ void load(uint32_t record, int lane) {
     const uint4 q = load_shared4(record + lane * 16);
     const uint2 h = load_shared2(record + 512 + lane * 8);
-    low[0] = q.x, low[1] = q.y, low[2] = q.z, low[3] = q.w, high[0] = h.x,
-    high[1] = h.y;
+    low[0] = q.x, low[1] = q.y, low[2] = q.z, low[3] = q.w, high[0] = h.x, high[1] = h.y;
   }
-  __device__ __forceinline__ void load_half(uint32_t record, int half,
-                                            int lane) {
+  __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
     const uint2 q = load_shared2(record + lane * 16 + half * 8);
     low[2 * half] = q.x, low[2 * half + 1] = q.y;
     high[half] = load_shared(record + 512 + lane * 8 + half * 4);
@@ -150,30 +140,24 @@ template <> struct Codes<3> {
     const uint32_t l = f & 1 ? low[f / 2] >> 2 : low[f / 2];
     const uint32_t h = high[f / 4];
     const int i = f & 3;
-    const uint32_t placed = i == 0   ? h << 2
-                            : i == 1 ? h << 1
-                            : i == 2 ? h
-                                     : h >> 1;
+    const uint32_t placed = i == 0 ? h << 2 : i == 1 ? h << 1 : i == 2 ? h : h >> 1;
     return select_bits(l, placed, 0x33333333u);
   }
 };
 
-// Makes A operands, two fragments at a time. Taking some values from registers
-// with PRMT instead, to relieve shared memory, gained nothing at any bit width
-// (NOTES.md).
-template <int Bits> struct Decoder {
+// Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead,
+// to relieve shared memory, gained nothing at any bit width (NOTES.md).
+template <int Bits>
+struct Decoder {
   uint32_t lane_table;
 
   __device__ __forceinline__ Decoder(uint32_t table, int lane)
-      // At 2 bits a row is 16 copies of two pairs: lanes l and l + 16 read in
-      // different passes.
+      // At 2 bits a row is 16 copies of two pairs: lanes l and l + 16 read in different passes.
       : lane_table(table + (Bits == 2 ? lane % 16 * 8 : lane * 4)) {}
 
   // Fragments 2 * p and 2 * p + 1.
-  __device__ __forceinline__ void decode(uint32_t (&even)[4],
-                                         uint32_t (&odd)[4],
-                                         const Codes<Bits> &codes,
-                                         int p) const {
+  __device__ __forceinline__ void decode(uint32_t (&even)[4], uint32_t (&odd)[4],
+                                         const Codes<Bits>& codes, int p) const {
     if constexpr (Bits == 2) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -181,25 +165,20 @@ template <int Bits> struct Decoder {
         even[j] = both.x, odd[j] = both.y;
       }
     } else {
-      const uint32_t first = codes.nibbles(2 * p),
-                     second = codes.nibbles(2 * p + 1);
+      const uint32_t first = codes.nibbles(2 * p), second = codes.nibbles(2 * p + 1);
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        even[j] = load_table(address(first, j));
+      for (int j = 0; j < 4; j++) even[j] = load_table(address(first, j));
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        odd[j] = load_table(address(second, j));
+      for (int j = 0; j < 4; j++) odd[j] = load_table(address(second, j));
     }
   }
 
-private:
+ private:
   // The table entry that byte j of a nibble word names.
   __device__ __forceinline__ uint32_t address(uint32_t nibbles, int j) const {
-    if constexpr (kWideTable)
-      return permute_bytes(nibbles, lane_table, 0x7604 | j << 4);
-    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), 0x7f80,
-                  lane_table);
+    if constexpr (kWideTable) return permute_bytes(nibbles, lane_table, 0x7604 | j << 4);
+    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), 0x7f80, lane_table);
   }
 };
 
-} // namespace flute
+}  // namespace flute

@@ -1,5 +1,4 @@
-// The PTX that the kernels use, one small function per instruction. No policy
-// here.
+// The PTX that the kernels use, one small function per instruction. No policy here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,33 +9,31 @@
 namespace flute {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define FLUTE_HAS_BULK 1 // bulk copies, clusters, programmatic dependent launch
+#define FLUTE_HAS_BULK 1  // bulk copies, clusters, programmatic dependent launch
 #else
 #define FLUTE_HAS_BULK 0
 #endif
 
-// Calls body with Constant<0> .. Constant<Count - 1>, for what must be known to
-// the compiler.
-template <int Value> struct Constant {
+// Calls body with Constant<0> .. Constant<Count - 1>, for what must be known to the compiler.
+template <int Value>
+struct Constant {
   static constexpr int value = Value;
 };
 template <int Count, int From = 0, typename Body>
-__device__ __forceinline__ void for_constants(Body &&body) {
+__device__ __forceinline__ void for_constants(Body&& body) {
   if constexpr (From < Count) {
     body(Constant<From>{});
     for_constants<Count, From + 1>(body);
   }
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- shared memory
-// -----------------------------------------------------------------------------
-// `load_table` is not volatile: a table never changes while codes are decoded,
-// so the compiler may schedule these loads freely. Their addresses depend on
-// codes, which keeps them after the barrier.
+// ---- shared memory -----------------------------------------------------------------------------
+// `load_table` is not volatile: a table never changes while codes are decoded, so the compiler may
+// schedule these loads freely. Their addresses depend on codes, which keeps them after the barrier.
 __device__ __forceinline__ uint32_t load_table(uint32_t address) {
   uint32_t value;
   asm("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
@@ -45,18 +42,13 @@ __device__ __forceinline__ uint32_t load_table(uint32_t address) {
 
 __device__ __forceinline__ uint2 load_table2(uint32_t address) {
   uint2 value;
-  asm("ld.shared.v2.b32 {%0, %1}, [%2];"
-      : "=r"(value.x), "=r"(value.y)
-      : "r"(address));
+  asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
   return value;
 }
 
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t value;
-  asm volatile("ld.shared.b32 %0, [%1];"
-               : "=r"(value)
-               : "r"(address)
-               : "memory");
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
 
@@ -80,15 +72,11 @@ __device__ __forceinline__ uint4 load_shared4(uint32_t address) {
 
 __device__ __forceinline__ float load_shared_float(uint32_t address) {
   float value;
-  asm volatile("ld.shared.f32 %0, [%1];"
-               : "=f"(value)
-               : "r"(address)
-               : "memory");
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
 
-__device__ __forceinline__ void store_shared_float(uint32_t address,
-                                                   float value) {
+__device__ __forceinline__ void store_shared_float(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
@@ -101,39 +89,31 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   return v;
 }
 
-__device__ __forceinline__ void store_shared_float4(uint32_t address,
-                                                    float4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+__device__ __forceinline__ void store_shared_float4(uint32_t address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
                : "memory");
 }
 
 __device__ __forceinline__ void store_shared4(uint32_t address, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
 }
 
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4],
-                                              uint32_t address) {
-  asm volatile(
-      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-      : "r"(address)
-      : "memory");
-}
-
-// ---- asynchronous copies
-// -----------------------------------------------------------------------
-__device__ __forceinline__ void barrier_init(uint32_t barrier,
-                                             uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier),
-               "r"(arrivals)
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
                : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier,
-                                             uint32_t parity) {
+// ---- asynchronous copies -----------------------------------------------------------------------
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if FLUTE_HAS_BULK
   asm volatile(
       "{\n"
@@ -144,44 +124,42 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier,
       "r"(parity)
       : "memory");
 #else
-  asm volatile("{\n"
-               ".reg .pred done;\n"
-               "again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
-               "@!done bra again;\n"
-               "}\n" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 #endif
 }
 
 // Whether the phase is complete, without waiting.
-__device__ __forceinline__ bool barrier_test(uint32_t barrier,
-                                             uint32_t parity) {
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile("{\n"
-               ".reg .pred p;\n"
-               "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-               "selp.u32 %0, 1, 0, p;\n"
-               "}\n"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
   return done;
 }
 
 // 16 bytes of global memory to shared memory, zeros where `valid` is false.
-__device__ __forceinline__ void copy16(uint32_t to, const void *from,
-                                       bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(from), "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy16(uint32_t to, const void* from, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// Arrives on the barrier once all copies issued so far by this thread have
-// landed.
+// Arrives on the barrier once all copies issued so far by this thread have landed.
 __device__ __forceinline__ void copies_arrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // This thread's copies since the last commit become a group.
@@ -189,9 +167,9 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most `Pending` of this thread's groups, the newest, are under
-// way.
-template <int Pending> __device__ __forceinline__ void wait_copies() {
+// Waits until at most `Pending` of this thread's groups, the newest, are under way.
+template <int Pending>
+__device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
@@ -202,25 +180,20 @@ __device__ __forceinline__ void barrier_init_fence() {
 
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;"
-               : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
-// One thread: `bytes` contiguous bytes to shared memory, counted on the
-// barrier.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from,
-                                          uint32_t bytes, uint32_t barrier,
-                                          uint64_t policy) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-      "r"(bytes)
-      : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
-               "bytes.L2::cache_hint "
-               "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+// One thread: `bytes` contiguous bytes to shared memory, counted on the barrier.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes,
+                                          uint32_t barrier, uint64_t policy) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -230,37 +203,38 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 }
 
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n"
-               "barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
 }
 
 // A float of the shared memory of block `rank` of this cluster.
-__device__ __forceinline__ float load_cluster_float(uint32_t address,
-                                                    uint32_t rank) {
+__device__ __forceinline__ float load_cluster_float(uint32_t address, uint32_t rank) {
   float value;
-  asm volatile("{\n"
-               ".reg .b32 remote;\n"
-               "mapa.shared::cluster.u32 remote, %1, %2;\n"
-               "ld.shared::cluster.f32 %0, [remote];\n"
-               "}\n"
-               : "=f"(value)
-               : "r"(address), "r"(rank)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];\n"
+      "}\n"
+      : "=f"(value)
+      : "r"(address), "r"(rank)
+      : "memory");
   return value;
 }
 
-__device__ __forceinline__ float4 load_cluster_float4(uint32_t address,
-                                                      uint32_t rank) {
+__device__ __forceinline__ float4 load_cluster_float4(uint32_t address, uint32_t rank) {
   float4 v;
-  asm volatile("{\n"
-               ".reg .b32 remote;\n"
-               "mapa.shared::cluster.u32 remote, %4, %5;\n"
-               "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
-               "}\n"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address), "r"(rank)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
+      "}\n"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
   return v;
 }
 
@@ -278,8 +252,7 @@ __device__ __forceinline__ void warps_sync(int id, int warps) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(warps * 32) : "memory");
 }
 
-// ---- arithmetic
-// --------------------------------------------------------------------------------
+// ---- arithmetic --------------------------------------------------------------------------------
 // (a & b) | c in one instruction
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
@@ -288,16 +261,14 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 // bits of a where the mask is set, of b elsewhere
-__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b,
-                                                uint32_t mask) {
+__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
   return r;
 }
 
 // unlike __byte_perm, keeps the selector as it is
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b,
-                                                  uint32_t selector) {
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
   return r;
@@ -308,14 +279,14 @@ template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]);
 
-#define FLUTE_DEFINE_MULTIPLY(TYPE, NAME)                                      \
-  template <>                                                                  \
-  __device__ __forceinline__ void multiply<TYPE>(                              \
-      float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {         \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                 \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
+#define FLUTE_DEFINE_MULTIPLY(TYPE, NAME)                                               \
+  template <>                                                                           \
+  __device__ __forceinline__ void multiply<TYPE>(float (&d)[4], const uint32_t (&a)[4], \
+                                                 const uint32_t (&b)[2]) {              \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                          \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));            \
   }
 FLUTE_DEFINE_MULTIPLY(__half, "f16")
 FLUTE_DEFINE_MULTIPLY(__nv_bfloat16, "bf16")
@@ -325,35 +296,34 @@ FLUTE_DEFINE_MULTIPLY(__nv_bfloat16, "bf16")
 template <typename T>
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
 template <>
-__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a,
-                                                           uint32_t b) {
+__device__ __forceinline__ uint32_t multiply_pairs<__half>(uint32_t a, uint32_t b) {
   uint32_t r;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 template <>
-__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a,
-                                                                  uint32_t b) {
-  uint32_t r; // sm_80 has no plain product; adding -0 changes nothing
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-      : "=r"(r)
-      : "r"(a), "r"(b), "r"(0x80008000u));
+__device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t r;  // sm_80 has no plain product; adding -0 changes nothing
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
   return r;
 }
 
 // Two 16-bit floats of a word, low half first, as fp32.
-template <typename T> __device__ __forceinline__ float2 widen(uint32_t word);
-template <> __device__ __forceinline__ float2 widen<__half>(uint32_t word) {
-  return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+template <typename T>
+__device__ __forceinline__ float2 widen(uint32_t word);
+template <>
+__device__ __forceinline__ float2 widen<__half>(uint32_t word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 template <>
 __device__ __forceinline__ float2 widen<__nv_bfloat16>(uint32_t word) {
-  return make_float2(__uint_as_float(word << 16),
-                     __uint_as_float(word & 0xffff0000u));
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
 
-template <typename T> __device__ __forceinline__ T narrow(float value);
-template <> __device__ __forceinline__ __half narrow<__half>(float value) {
+template <typename T>
+__device__ __forceinline__ T narrow(float value);
+template <>
+__device__ __forceinline__ __half narrow<__half>(float value) {
   return __float2half_rn(value);
 }
 template <>
@@ -361,7 +331,7 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-__device__ __forceinline__ void add(float4 &a, float4 b) {
+__device__ __forceinline__ void add(float4& a, float4 b) {
   a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
 }
 
@@ -371,13 +341,12 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high);
 template <>
 __device__ __forceinline__ uint32_t narrow_pair<__half>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t *>(&pair);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 template <>
-__device__ __forceinline__ uint32_t narrow_pair<__nv_bfloat16>(float low,
-                                                               float high) {
+__device__ __forceinline__ uint32_t narrow_pair<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t *>(&pair);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-} // namespace flute
+}  // namespace flute

@@ -1,5 +1,5 @@
-// What the GEMM kernels share: which rows a block computes, and how weights
-// stream into its shared memory.
+// What the GEMM kernels share: which rows a block computes, and how weights stream into its shared
+// memory.
 #pragma once
 
 #include "lut.cuh"
@@ -10,14 +10,13 @@ constexpr int kMaxSlots = 16;
 
 // The row tiles that a block computes; they all belong to one part.
 struct BlockRows {
-  int part, first_tile, tiles; // tiles counted over the whole matrix
-  int first_row, rows;         // in y
+  int part, first_tile, tiles;  // tiles counted over the whole matrix
+  int first_row, rows;          // in y
 
   template <typename Params>
-  __device__ __forceinline__ BlockRows(const Params &p, int block) {
+  __device__ __forceinline__ BlockRows(const Params& p, int block) {
     part = 0;
-    while (block >= p.first_block[part + 1])
-      part++;
+    while (block >= p.first_block[part + 1]) part++;
     const int in_part = (block - p.first_block[part]) * p.row_tiles;
     first_tile = p.parts.tile[part] + in_part;
     tiles = min(p.row_tiles, p.parts.tile[part + 1] - first_tile);
@@ -26,67 +25,55 @@ struct BlockRows {
   }
 };
 
-// The tiles of one warp on their way to shared memory, in the order of use:
-// step by step along k, and in each step the row tiles. A slot takes the kDepth
-// k tiles of a row tile and step.
-template <typename Shape> struct TileRing {
-  uint32_t barriers,
-      slots_at; // shared addresses: one barrier and one slot after another
-  const uint8_t *next; // to request next
-  int64_t row_step;    // from one row tile to the next
-  int64_t back;        // from behind the last row tile to the first
+// The tiles of one warp on their way to shared memory, in the order of use: step by step along k,
+// and in each step the row tiles. A slot takes the kDepth k tiles of a row tile and step.
+template <typename Shape>
+struct TileRing {
+  uint32_t barriers, slots_at;  // shared addresses: one barrier and one slot after another
+  const uint8_t* next;          // to request next
+  int64_t row_step;             // from one row tile to the next
+  int64_t back;                 // from behind the last row tile to the first
   int rows, row, k_left, slots;
   int slot;
   uint32_t phase;
-  bool ready; // the current slot is known to be filled
+  bool ready;  // the current slot is known to be filled
 #if FLUTE_HAS_BULK
   uint64_t policy;
 #endif
 
   __device__ __forceinline__ void request(int at, int lane) {
-    if (k_left <= 0)
-      return;
-    const uint32_t to = slots_at + at * Shape::kSlot,
-                   barrier = barriers + at * 8;
-    const int bytes =
-        Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
+    if (k_left <= 0) return;
+    const uint32_t to = slots_at + at * Shape::kSlot, barrier = barriers + at * 8;
+    const int bytes = Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
 #if FLUTE_HAS_BULK
-    if (lane == 0)
-      bulk_copy(to, next, bytes, barrier, policy);
+    if (lane == 0) bulk_copy(to, next, bytes, barrier, policy);
 #else
-    for (int i = lane * 16; i < bytes; i += 512)
-      copy16(to + i, next + i);
+    for (int i = lane * 16; i < bytes; i += 512) copy16(to + i, next + i);
     copies_arrive(barrier);
 #endif
     next += row_step;
-    if (++row == rows)
-      row = 0, next += back + Shape::kSlot, k_left -= Shape::kDepth;
+    if (++row == rows) row = 0, next += back + Shape::kSlot, k_left -= Shape::kDepth;
   }
   // Fills slots `from` .. `to` - 1.
   __device__ __forceinline__ void start(int from, int to, int lane) {
 #pragma unroll 1
-    for (int i = from; i < to; i++)
-      request(i, lane);
+    for (int i = from; i < to; i++) request(i, lane);
   }
   __device__ __forceinline__ uint32_t wait() const {
-    if (!ready)
-      barrier_wait(barriers + slot * 8, phase);
+    if (!ready) barrier_wait(barriers + slot * 8, phase);
     return slots_at + slot * Shape::kSlot;
   }
-  // Asks early whether the next slot is filled: the answer takes as long as a
-  // few table loads.
+  // Asks early whether the next slot is filled: the answer takes as long as a few table loads.
   __device__ __forceinline__ void look_ahead() {
     const bool wraps = slot + 1 == slots;
-    ready = barrier_test(barriers + (wraps ? 0 : slot + 1) * 8,
-                         phase ^ (wraps ? 1 : 0));
+    ready = barrier_test(barriers + (wraps ? 0 : slot + 1) * 8, phase ^ (wraps ? 1 : 0));
   }
   // To the next slot; the current one stays as it is.
   __device__ __forceinline__ void skip() {
-    if (++slot == slots)
-      slot = 0, phase ^= 1;
+    if (++slot == slots) slot = 0, phase ^= 1;
   }
-  // After all lanes have used the current slot: it is free for another request.
-  // Not sooner, a copy may overtake reads that are under way.
+  // After all lanes have used the current slot: it is free for another request. Not sooner, a copy
+  // may overtake reads that are under way.
   __device__ __forceinline__ void advance(int lane) {
     __syncwarp();
     request(slot, lane);
@@ -94,4 +81,4 @@ template <typename Shape> struct TileRing {
   }
 };
 
-} // namespace flute
+}  // namespace flute

@@ -1,65 +1,49 @@
-// y[m, n] = x[m, k] * w[n, k]^T on Hopper for 9 to a few hundred rows of x, w
-// in the internal layout.
+// y[m, n] = x[m, k] * w[n, k]^T on Hopper for 9 to a few hundred rows of x, w in the internal
+// layout.
 //
-// As in decode.cuh, a block computes a few 16-row tiles of w, its warps stream
-// their own records, and a cluster of blocks may split k. What differs is the
-// product: a warpgroup multiplies 64 rows of w, decoded into registers, by up
-// to 128 rows of x that wgmma reads from shared memory by itself. So x costs no
-// instruction and no register; with mma.sync, loading it into every warp was
+// As in decode.cuh, a block computes a few 16-row tiles of w, its warps stream their own records,
+// and a cluster of blocks may split k. What differs is the product: a warpgroup multiplies 64 rows
+// of w, decoded into registers, by up to 128 rows of x that wgmma reads from shared memory by
+// itself. So x costs no instruction and no register; with mma.sync, loading it into every warp was
 // the limit from 16 rows on (benchmarks/NOTES.md).
 //
-// A warpgroup decodes one half of a 64 x 128 tile while the tensor cores
-// multiply the other; four warpgroups a block fill the gaps that remain. They
-// form row groups, and within one they split k. All sums are in a fixed order.
+// A warpgroup decodes one half of a 64 x 128 tile while the tensor cores multiply the other; four
+// warpgroups a block fill the gaps that remain. They form row groups, and within one they split k.
+// All sums are in a fixed order.
 #pragma once
 
 #include "sm90_products.cuh"
 
 namespace flute {
 
-constexpr int kPartialPad =
-    4; // floats after a column of 16 sums; avoids bank conflicts
+constexpr int kPartialPad = 4;  // floats after a column of 16 sums; avoids bank conflicts
 
-// Barriers of a block: of each warp's ring, then of each k group's x, filled
-// and emptied.
-constexpr int x_barriers_offset(int warpgroups) {
-  return warpgroups * 4 * kMaxSlots * 8;
-}
-constexpr int sm90_barrier_bytes(int warpgroups) {
-  return x_barriers_offset(warpgroups) + warpgroups * kMaxXStages * 2 * 8;
-}
+// Barriers of a block: of each warp's ring, then of each k group's x, filled and emptied.
+constexpr int kXBarriers = kWarpgroups * 4 * kMaxSlots * 8;
+constexpr int kSm90BarrierBytes = kXBarriers + kWarpgroups * kMaxXStages * 2 * 8;
 
 // Bytes of a warp's sums in shared memory.
 constexpr int sm90_partial_bytes(int columns) {
   return columns * (kTileRows + kPartialPad) * 4;
 }
 
-// dividend / d for the rounded-up inverse of d
-__device__ __forceinline__ int divide(int dividend, uint32_t inverse) {
-  return dividend * inverse >> 16;
-}
-
-// What a launch needs; filled by sm90_launch.cuh from FluteMatrix and
-// FluteSm90Config.
+// What a launch needs; filled by sm90_launch.cuh from FluteMatrix and FluteSm90Config.
 struct Sm90Params {
-  const uint8_t *records;
-  const uint8_t *table;
-  void *y;
+  const uint8_t* records;
+  const uint8_t* table;
+  void* y;
   int m, n, k_tiles;
-  int table_bytes; // of one part
+  int table_bytes;  // of one part
   bool pair_table;
-  int row_tiles;            // 16-row tiles of a block
-  int row_groups, k_groups; // of warpgroups
+  int row_tiles;                       // 16-row tiles of a block
+  int row_groups_log2, k_groups_log2;  // of warpgroups
   int splits_log2;
-  // 2^16 / d rounded up, for small dividends: an integer division costs a tenth
-  // of a microsecond
-  uint32_t row_tiles_inverse, row_groups_inverse, k_groups_inverse;
-  int stages, early;   // of weights; requested before the previous kernel ends
-  int x_stages, x_lag; // of x; refilled so many k tiles after their use
-  int x_offset;        // of the first stage of x, behind the table
-  int region_bytes,
-      low_regions; // rings of the warps below the table, then those
-  int high_region; // behind x, from the start of shared memory
+  uint32_t row_tiles_inverse;     // 2^16 / row_tiles rounded up, for small dividends
+  int stages, early;              // of weights; requested before the previous kernel ends
+  int x_stages, x_lag;            // of x; refilled so many k tiles after their use
+  int x_offset;                   // of the first stage of x, behind the table
+  int region_bytes, low_regions;  // rings of the warps below the table, then those
+  int high_region;                // behind x, from the start of shared memory
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
 };
@@ -72,79 +56,61 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   using T = typename Shape::T;
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
-  const int warp =
-      __shfl_sync(~0u, thread / 32, 0); // known to be the same for all lanes
+  const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   const int group = warp / 4, quarter = warp % 4;
   const int splits = 1 << p.splits_log2, split = blockIdx.x & (splits - 1);
-  const int column0 =
-      (blockIdx.x >> p.splits_log2) * Shape::kColumns; // first row of x
+  const int column0 = (blockIdx.x >> p.splits_log2) * Shape::kColumns;  // first row of x
   const BlockRows block(p, blockIdx.y);
 
-  // This warpgroup's share: every row_groups-th 64-row tile of the block,
-  // `k_tiles` k tiles from `begin`. Of its last 64 rows the block may have
-  // fewer tiles; `own` counts this warp's.
-  const int row_groups = p.row_groups, k_groups = p.k_groups;
-  const int row_group = divide(group, p.k_groups_inverse);
-  const int k_group = group - row_group * k_groups;
-  const int block_rows = ceil_div(block.tiles, 4);
-  const int rounds = divide(block_rows + row_groups - 1, p.row_groups_inverse);
-  const int rows =
-      divide(block_rows - row_group + row_groups - 1, p.row_groups_inverse);
-  const int whole = (block.tiles - quarter + 3) /
-                    4; // 64-row tiles that hold rows of this warp
-  const int own =
-      divide(whole - row_group + row_groups - 1, p.row_groups_inverse);
+  // This warpgroup's share: in each round kRows of the block's 64-row tiles, and `k_tiles` k tiles
+  // from `begin`. Row r of a round is the block's 64-row tile
+  //   (round * kRows + r) * row_groups + row_group.
+  const int row_groups = 1 << p.row_groups_log2, k_groups = 1 << p.k_groups_log2;
+  const int row_group = group >> p.k_groups_log2, k_group = group & (k_groups - 1);
+  const int block_rows = ceil_div(block.tiles, 4), round_rows = row_groups * Shape::kRows;
+  auto rounds_of = [&](int tiles, int first) {  // in which there is a tile first + i * round_rows
+    return (max(0, tiles - first) + round_rows - 1) >> (p.row_groups_log2 + Shape::kRows / 2);
+  };
+  const int rounds = rounds_of(block_rows, 0), rows = rounds_of(block_rows, row_group);
+  const int whole = (block.tiles - quarter + 3) / 4;  // 64-row tiles that hold rows of this warp
   const int block_begin = p.k_tiles * split >> p.splits_log2;
-  const int block_length =
-      (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
-  const int k_step = divide(block_length + k_groups - 1, p.k_groups_inverse);
-  const int begin = block_begin + min(k_group * k_step, block_length);
-  const int k_tiles = min(k_step, block_begin + block_length - begin);
+  const int block_length = (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
+  const int begin = block_begin + (block_length * k_group >> p.k_groups_log2);
+  const int k_tiles = block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin;
 
-  const uint8_t *part_table =
-      p.table + static_cast<int64_t>(block.part) * p.table_bytes;
-  constexpr int kFillers = 512;
-  TableFill<Shape::kBits, kFillers> fill;
-  if (thread < kFillers)
-    fill.load(part_table, p.pair_table);
+  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
+  TableFill<Shape::kBits, Shape::kThreads> fill;
+  fill.load(part_table, p.pair_table);
 
-  // Shared memory: barriers, some warps' rings | table | x, the other rings.
-  // Later partial sums.
+  // Shared memory: barriers, some warps' rings | table | x, the other rings. Later partial sums.
   const uint32_t base = shared_address(shared);
-  const uint32_t table =
-      (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
+  const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
   ring.barriers = base + warp * kMaxSlots * 8;
-  ring.slots_at =
-      base + warp * p.region_bytes +
-      (warp < p.low_regions
-           ? static_cast<uint32_t>(sm90_barrier_bytes(Shape::kWarpgroups))
-           : p.high_region - p.low_regions * p.region_bytes);
+  ring.slots_at = base + warp * p.region_bytes +
+                  (warp < p.low_regions ? static_cast<uint32_t>(kSm90BarrierBytes)
+                                        : p.high_region - p.low_regions * p.region_bytes);
+  const uint32_t tile_step = p.k_tiles * (Shape::kRecord / 16);
   ring.next =
-      p.records +
-      (static_cast<int64_t>(block.first_tile + 4 * row_group + quarter) *
-           p.k_tiles +
-       begin) *
-          Shape::kRecord;
-  ring.row_step =
-      (static_cast<int64_t>(p.k_tiles) * (4 * row_groups) - k_tiles) *
-      Shape::kRecord;
-  ring.k_tiles = ring.k_left = k_tiles, ring.rows_left = k_tiles > 0 ? own : 0;
+      (block.first_tile + 4 * row_group + quarter) * tile_step + begin * (Shape::kRecord / 16);
+  ring.row_step = 4 * row_groups * tile_step;
+  ring.round_step = Shape::kRows * ring.row_step - k_tiles * (Shape::kRecord / 16);
+  ring.k_tiles = ring.k_left = k_tiles;
+  ring.row = ring.slot = 0, ring.rounds_left = k_tiles > 0 ? rows : 0;
+  ring.tile = row_group, ring.tile_step = row_groups, ring.whole = whole;
+  ring.slots = p.stages, ring.phase = 0;
   ring.policy = evict_first_policy();
 
   XRing<Shape> x;
-  x.filled =
-      base + x_barriers_offset(Shape::kWarpgroups) + k_group * kMaxXStages * 16;
+  x.filled = base + kXBarriers + k_group * kMaxXStages * 16;
   x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset + k_group * p.x_stages * Shape::kXStage;
   x.map = &x_map, x.stages = p.x_stages, x.lag = p.x_lag;
   x.column = begin * kTileK, x.row = column0, x.length = k_tiles;
-  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0,
-  x.left = rounds * k_tiles;
+  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * k_tiles;
   const bool brings_x = row_group == 0 && quarter == 0;
 
-  if (lane < p.stages)
-    barrier_init(ring.barrier(lane), 1);
+  if (lane < p.stages) barrier_init(ring.barrier(lane), 1);
   if (brings_x && lane == 0) {
     tensor_map_prefetch(&x_map);
     const int readers = 4 * min(row_groups, block_rows);
@@ -155,147 +121,122 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   barrier_init_fence();
   __syncwarp();
-  // Weights do not depend on the previous kernel. The others follow x, which is
-  // needed first.
+  // Weights do not depend on the previous kernel. The others follow x, which is needed first.
 #pragma unroll 1
-  for (int i = 0; i < p.early; i++)
-    ring.request(i, lane);
+  for (int i = 0; i < p.early; i++) ring.request(p.records, i, lane);
   allow_next_launch();
   wait_for_previous_launch();
-  if (brings_x)
-    x.start(lane);
+  if (brings_x) x.start(lane);
 #pragma unroll 1
-  for (int i = p.early; i < p.stages; i++)
-    ring.request(i, lane);
-  if (thread < kFillers)
-    fill.store(table);
-  __syncthreads(); // barriers of x, and the table
+  for (int i = p.early; i < p.stages; i++) ring.request(p.records, i, lane);
+  fill.store(table);
+  __syncthreads();  // barriers of x, and the table
 
   const Decoder<Shape::kBits> decoder(table, lane);
   Products<Shape> products;
-  T *y = static_cast<T *>(p.y) + static_cast<int64_t>(column0) * p.n +
-         block.first_row;
+  T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + block.first_row;
   const int columns = min(Shape::kColumns, p.m - column0);
-  const bool alone =
-      splits == 1 && k_groups == 1; // nobody else has a share in its sums
-  int stage = 0;
-  uint32_t phase = 0;
+  const bool alone = splits == 1 && k_groups == 1;  // nobody else has a share in its sums
   for (int round = 0; round < rounds && rows > 0; round++) {
-    if (round == rows) { // the other warpgroups still share x with this one
-      for (int i = 0; i < k_tiles; i++)
-        x.release(x.take(), lane, brings_x);
+    if (round == rows) {  // the other warpgroups still share x with this one
+      for (int i = 0; i < k_tiles; i++) x.release(x.take(), lane, brings_x);
       break;
     }
-    // Rows past the block's last tile multiply whatever lies there; nobody
-    // reads them.
-    const bool mine = round < own;
-    auto free_slot = [&] {
-      if (!mine)
-        return;
-      __syncwarp();
-      ring.request(stage, lane);
-      if (++stage == p.stages)
-        stage = 0, phase ^= 1;
-    };
+    // Rows past the block's last tile multiply whatever lies there; nobody reads them.
     products.clear();
+    auto free_slot = [&] { ring.free(p.records, lane); };
 #pragma unroll 1
     for (int step = 0; 2 * step < k_tiles; step++) {
-      if (mine)
-        barrier_wait(ring.barrier(stage), phase);
-      const uint32_t slot = ring.slot(stage);
-      products.load(slot, lane);
       const int x0 = x.take();
       if (2 * step + 1 < k_tiles) {
-        products.template tile<0>(
-            x.address(x0), decoder, [] {},
-            [&] { products.load(slot + Shape::kRecord, lane); });
-        const int x1 = x.take();
-        products.template tile<1>(
-            x.address(x1), decoder, [&] { x.release(x0, lane, brings_x); },
-            free_slot);
-        products.template settle<1>();
+        int x1 = 0;
+        for_constants<Shape::kRows>([&](auto row) {
+          constexpr int kFirst = 2 * decltype(row)::value;
+          const uint32_t slot = ring.take();
+          products.load(slot, lane);
+          products.template tile<kFirst, kFirst - 1>(
+              x.address(x0), decoder, [&] { products.load(slot + Shape::kRecord, lane); });
+          if constexpr (kFirst == 0) x1 = x.take();
+          products.template tile<kFirst + 1, kFirst>(x.address(x1), decoder, free_slot);
+        });
+        products.template settle<2 * Shape::kRows - 1>();
+        x.release(x0, lane, brings_x);
         x.release(x1, lane, brings_x);
       } else {
-        products.template tile<0>(x.address(x0), decoder, [] {}, free_slot);
-        products.template settle<0>();
+        for_constants<Shape::kRows>([&](auto row) {
+          constexpr int kFirst = 2 * decltype(row)::value;
+          products.load(ring.take(), lane);
+          products.template tile<kFirst, -1>(x.address(x0), decoder, free_slot);
+          products.template settle<kFirst>();
+        });
         x.release(x0, lane, brings_x);
       }
     }
     if (alone) {
-      const int row =
-          (4 * (round * row_groups + row_group) + quarter) * kTileRows;
-      write_sums(products.sums, y + row, p.n, block.rows - row, columns,
-                 ((p.n | block.first_row) & 1) == 0, lane);
+#pragma unroll
+      for (int r = 0; r < Shape::kRows; r++) {
+        const int tile = ((round * Shape::kRows + r) * row_groups + row_group) * 4 + quarter;
+        write_sums(products.sums[r], y + tile * kTileRows, p.n, block.rows - tile * kTileRows,
+                   columns, ((p.n | block.first_row) & 1) == 0, lane);
+      }
     }
   }
-  if (alone)
-    return;
+  if (alone) return;
 
   // Sums of all warps. All of shared memory is free.
-  auto partial = [&](int w) {
-    return base + w * sm90_partial_bytes(Shape::kColumns);
-  };
+  constexpr int kRowBytes = sm90_partial_bytes(Shape::kColumns);
+  auto partial = [&](int w) { return base + w * Shape::kRows * kRowBytes; };
   __syncthreads();
-  if (own > 0)
-    products.template store<kPartialPad>(partial(warp), lane);
+  const int own = max(0, whole - row_group + row_groups - 1) >> p.row_groups_log2;
+  products.template store<kPartialPad>(partial(warp), kRowBytes, own, lane);
   __syncthreads();
 
-  // Four rows of a column at a time. `rank`: this block's share of the work, of
-  // `ranks`.
+  // Four rows of a column at a time. `rank`: this block's share of the work, of `ranks`.
   auto for_each_quad = [&](int rank, int ranks, auto visit) {
 #pragma unroll 1
     for (int i = rank * Shape::kThreads + thread; i < columns * p.row_tiles * 4;
          i += ranks * Shape::kThreads) {
-      const int unit = i / 4, column = divide(unit, p.row_tiles_inverse);
-      const int tile = unit - column * p.row_tiles,
-                row = tile * kTileRows + i % 4 * 4;
-      if (row >= block.rows)
-        continue;
-      const int w = tile / 4 * k_groups * 4 + tile % 4;
-      visit(column, row,
-            partial(w) + (column * (kTileRows + kPartialPad) + i % 4 * 4) * 4);
+      const int unit = i / 4, column = unit * p.row_tiles_inverse >> 16;
+      const int tile = unit - column * p.row_tiles, row = tile * kTileRows + i % 4 * 4;
+      if (row >= block.rows) continue;
+      const int r = tile / 4 >> p.row_groups_log2, of = tile / 4 & (row_groups - 1);
+      const uint32_t from = partial((of << p.k_groups_log2) * 4 + tile % 4) + r * kRowBytes;
+      visit(column, row, from + (column * (kTileRows + kPartialPad) + i % 4 * 4) * 4);
     }
   };
   auto sum_of_groups = [&](uint32_t at) {
     float4 sum = load_shared_float4(at);
     for (int i = 1; i < k_groups; i++)
-      add(sum,
-          load_shared_float4(at + i * 4 * sm90_partial_bytes(Shape::kColumns)));
+      add(sum, load_shared_float4(at + i * 4 * Shape::kRows * kRowBytes));
     return sum;
   };
   const bool aligned = ((p.n | block.first_row) & 3) == 0;
   auto write_y = [&](int column, int row, float4 sum) {
-    T *to = y + static_cast<int64_t>(column) * p.n + row;
+    T* to = y + static_cast<int64_t>(column) * p.n + row;
     if (aligned && row + 4 <= block.rows) {
-      *reinterpret_cast<uint2 *>(to) = make_uint2(narrow_pair<T>(sum.x, sum.y),
-                                                  narrow_pair<T>(sum.z, sum.w));
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(narrow_pair<T>(sum.x, sum.y), narrow_pair<T>(sum.z, sum.w));
       return;
     }
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-    for (int i = 0; i < 4 && row + i < block.rows; i++)
-      to[i] = narrow<T>(values[i]);
+    for (int i = 0; i < 4 && row + i < block.rows; i++) to[i] = narrow<T>(values[i]);
   };
   if (splits == 1) {
-    for_each_quad(0, 1, [&](int column, int row, uint32_t at) {
-      write_y(column, row, sum_of_groups(at));
-    });
+    for_each_quad(
+        0, 1, [&](int column, int row, uint32_t at) { write_y(column, row, sum_of_groups(at)); });
     return;
   }
-  // Over the k groups in place, then over the blocks of the cluster, of which
-  // each writes a share.
+  // Over the k groups in place, then over the blocks of the cluster, of which each writes a share.
   if (k_groups > 1)
-    for_each_quad(0, 1, [&](int, int, uint32_t at) {
-      store_shared_float4(at, sum_of_groups(at));
-    });
+    for_each_quad(0, 1, [&](int, int, uint32_t at) { store_shared_float4(at, sum_of_groups(at)); });
   cluster_sync();
   for_each_quad(split, splits, [&](int column, int row, uint32_t at) {
     float4 sum = load_cluster_float4(at, 0);
-    for (int rank = 1; rank < splits; rank++)
-      add(sum, load_cluster_float4(at, rank));
+    for (int rank = 1; rank < splits; rank++) add(sum, load_cluster_float4(at, rank));
     write_y(column, row, sum);
   });
-  cluster_sync(); // no block leaves while another reads its sums
+  cluster_sync();  // no block leaves while another reads its sums
 #endif
 }
 
-} // namespace flute
+}  // namespace flute

@@ -1,5 +1,4 @@
-// From a problem and a configuration to a launch of sm90_gemm_kernel. Included
-// by the sm90_w*.cu.
+// From a problem and a configuration to a launch of sm90_gemm_kernel. Included by the sm90_w*.cu.
 #pragma once
 
 #include <atomic>
@@ -16,78 +15,60 @@ struct Sm90Shared {
   int x_offset, region_bytes, low_regions, high_region, total;
 };
 
-// Barriers and some rings | the table | x and the other rings; the partial sums
-// come over all that.
+// Barriers and some rings | the table | x and the other rings; the partial sums come over all that.
 template <typename Shape>
-Sm90Shared plan_sm90_shared(const FluteSm90Config &config, int limit) {
-  constexpr int kWarps = Shape::kWarpgroups * 4;
-  const int k_groups = Shape::kWarpgroups / config.row_groups;
+Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
+  constexpr int kWarps = kWarpgroups * 4;
+  const int k_groups = kWarpgroups / config.row_groups;
   Sm90Shared plan;
   const int before = table_alignment(true) - kSharedReserved;
   plan.x_offset = before + table_bytes(true);
   plan.region_bytes = config.stages * Shape::kSlot;
-  plan.high_region =
-      plan.x_offset + k_groups * config.x_stages * Shape::kXStage;
-  plan.low_regions =
-      (before - sm90_barrier_bytes(Shape::kWarpgroups)) / plan.region_bytes;
-  if (plan.low_regions > kWarps)
-    plan.low_regions = kWarps;
-  plan.total =
-      plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
-  const int sums = kWarps * sm90_partial_bytes(Shape::kColumns);
-  if (sums > plan.total)
-    plan.total = sums;
-  if (plan.total > limit)
-    plan.total = -1;
+  plan.high_region = plan.x_offset + k_groups * config.x_stages * Shape::kXStage;
+  plan.low_regions = (before - kSm90BarrierBytes) / plan.region_bytes;
+  if (plan.low_regions > kWarps) plan.low_regions = kWarps;
+  plan.total = plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
+  const int sums = kWarps * Shape::kRows * sm90_partial_bytes(Shape::kColumns);
+  if (sums > plan.total) plan.total = sums;
+  if (plan.total > limit) plan.total = -1;
   return plan;
 }
 
 template <typename Shape>
-int launch_sm90_shape(const FluteMatrix &matrix, const FluteSm90Config &config,
-                      int m, const void *x, const void *records,
-                      const void *table, void *y, cudaStream_t stream) {
+int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, int m,
+                      const void* x, const void* records, const void* table, void* y,
+                      cudaStream_t stream) {
   DeviceLimits device;
-  if (const int error = device.load())
-    return error;
+  if (const int error = device.load()) return error;
   const int groups = config.row_groups, splits = config.splits;
-  if (config.row_tiles < 1 || groups < 1 || Shape::kWarpgroups % groups ||
-      splits < 1 || splits > 8 || (splits & (splits - 1)) ||
-      config.overlap < 0 || config.stages < 1 || config.stages > kMaxSlots ||
-      config.x_stages < 2 || config.x_stages > kMaxXStages)
+  if (config.row_tiles < 1 || (groups != 1 && groups != 2 && groups != 4) || splits < 1 ||
+      splits > 8 || (splits & (splits - 1)) || config.overlap < 0 || config.stages < 1 ||
+      config.stages > kMaxSlots || config.x_stages < 2 || config.x_stages > kMaxXStages)
     return kBadConfig;
   // Sums that several warpgroups or blocks share are added up once, at the end.
-  if ((groups < Shape::kWarpgroups || splits > 1) &&
-      config.row_tiles > 4 * groups)
+  if ((groups < kWarpgroups || splits > 1) && config.row_tiles > 4 * Shape::kRows * groups)
     return kBadConfig;
 
   static std::atomic<int> prepared[kMaxDevices];
-  if (const int error = device.prepare(sm90_gemm_kernel<Shape>, prepared))
-    return error;
-  if (device.ptx_version != 90)
-    return kBadConfig;
+  if (const int error = device.prepare(sm90_gemm_kernel<Shape>, prepared)) return error;
+  if (device.ptx_version != 90) return kBadConfig;
   const Sm90Shared plan = plan_sm90_shared<Shape>(config, device.shared_limit);
-  if (plan.total < 0)
-    return kBadConfig;
+  if (plan.total < 0) return kBadConfig;
 
   Sm90Params params{};
   params.parts = Parts(matrix);
-  params.records = static_cast<const uint8_t *>(records);
-  params.table = static_cast<const uint8_t *>(table);
+  params.records = static_cast<const uint8_t*>(records);
+  params.table = static_cast<const uint8_t*>(table);
   params.y = y;
-  params.m = m, params.n = matrix.n,
-  params.k_tiles = ceil_div(matrix.k, kTileK);
-  params.table_bytes =
-      2 * (matrix.pair_table ? 2 << (2 * matrix.bits) : 1 << matrix.bits);
+  params.m = m, params.n = matrix.n, params.k_tiles = ceil_div(matrix.k, kTileK);
+  params.table_bytes = 2 * (matrix.pair_table ? 2 << (2 * matrix.bits) : 1 << matrix.bits);
   params.pair_table = matrix.pair_table != 0;
   params.row_tiles = config.row_tiles;
-  params.row_groups = groups, params.k_groups = Shape::kWarpgroups / groups;
-  params.row_groups_inverse = ceil_div(1 << 16, groups);
-  params.k_groups_inverse = ceil_div(1 << 16, params.k_groups);
+  params.row_groups_log2 = log2_of(groups), params.k_groups_log2 = log2_of(kWarpgroups / groups);
   params.splits_log2 = log2_of(splits);
   params.row_tiles_inverse = ceil_div(1 << 16, config.row_tiles);
   params.stages = config.stages;
-  params.early =
-      config.overlap < config.stages ? config.overlap : config.stages;
+  params.early = config.overlap < config.stages ? config.overlap : config.stages;
   params.x_stages = config.x_stages;
   params.x_lag = groups > 1 && config.x_stages > 2 ? 1 : 0;
   params.x_offset = plan.x_offset, params.region_bytes = plan.region_bytes;
@@ -98,46 +79,40 @@ int launch_sm90_shape(const FluteMatrix &matrix, const FluteSm90Config &config,
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
 
   CUtensorMap x_map;
-  if (const int error =
-          map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
+  if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
-  const dim3 grid(ceil_div(m, Shape::kColumns) * splits,
-                  params.first_block[matrix.parts]);
-  return launch_kernel(sm90_gemm_kernel<Shape>, grid, Shape::kThreads,
-                       plan.total, splits, config.overlap > 0, stream, params,
-                       x_map);
+  const dim3 grid(ceil_div(m, Shape::kColumns) * splits, params.first_block[matrix.parts]);
+  return launch_kernel(sm90_gemm_kernel<Shape>, grid, Shape::kThreads, plan.total, splits,
+                       config.overlap > 0, stream, params, x_map);
 }
 
-// One function for each bit width, each in a file of its own so that they build
-// side by side.
-#define FLUTE_SM90_ARGUMENTS                                                   \
-  const FluteMatrix &matrix, const FluteSm90Config &config, int m,             \
-      const void *x, const void *records, const void *table, void *y,          \
-      cudaStream_t stream
+// One function for each bit width, each in a file of its own so that they build side by side.
+#define FLUTE_SM90_ARGUMENTS                                                      \
+  const FluteMatrix &matrix, const FluteSm90Config &config, int m, const void *x, \
+      const void *records, const void *table, void *y, cudaStream_t stream
 int sm90_w4(FLUTE_SM90_ARGUMENTS);
 int sm90_w3(FLUTE_SM90_ARGUMENTS);
 int sm90_w2(FLUTE_SM90_ARGUMENTS);
 
-template <int Bits, typename T, int Columns, int Groups>
+template <int Bits, typename T, int Columns, int Rows, int Groups>
 int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
   if constexpr (Columns > 128)
-    return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(
-        matrix, config, m, x, records, table, y, stream);
+    return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
+                                                                        records, table, y, stream);
   else
-    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups>>(
-        matrix, config, m, x, records, table, y, stream);
+    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups, Rows>>(matrix, config, m, x,
+                                                                        records, table, y, stream);
 }
 
-template <int Bits, typename T, int Columns>
+template <int Bits, typename T, int Columns, int Rows>
 int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                     \
-  case GROUPS:                                                                 \
-    return launch_sm90_kernel<Bits, T, Columns, GROUPS>(                       \
-        matrix, config, m, x, records, table, y, stream)
+#define FLUTE_CASE(GROUPS)                                                                   \
+  case GROUPS:                                                                               \
+    return launch_sm90_kernel<Bits, T, Columns, Rows, GROUPS>(matrix, config, m, x, records, \
+                                                              table, y, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
-#ifndef FLUTE_FEW_SHAPES // for quick builds while developing: bf16, groups of
-                         // 128
+#ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
     FLUTE_CASE(2);
     FLUTE_CASE(4);
 #endif
@@ -146,30 +121,32 @@ int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
   return kBadShape;
 }
 
-template <int Bits, typename T> int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(COLUMNS)                                                    \
-  case COLUMNS:                                                                \
-    return launch_sm90_groups<Bits, T, COLUMNS>(matrix, config, m, x, records, \
-                                                table, y, stream)
-  switch (config.columns) {
-    FLUTE_CASE(16);
-    FLUTE_CASE(32);
-    FLUTE_CASE(64);
-    FLUTE_CASE(128);
-    FLUTE_CASE(192);
+template <int Bits, typename T>
+int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
+#define FLUTE_CASE(COLUMNS, ROWS)                                                              \
+  case COLUMNS * 8 + ROWS:                                                                     \
+    return launch_sm90_groups<Bits, T, COLUMNS, ROWS>(matrix, config, m, x, records, table, y, \
+                                                      stream)
+  switch (config.columns * 8 + config.rows) {
+    FLUTE_CASE(16, 1);
+    FLUTE_CASE(16, 2);
+    FLUTE_CASE(32, 1);
+    FLUTE_CASE(32, 2);
+    FLUTE_CASE(64, 1);
+    FLUTE_CASE(128, 1);
+    FLUTE_CASE(192, 2);
   }
 #undef FLUTE_CASE
   return kBadConfig;
 }
 
-template <int Bits> int launch_sm90_bits(FLUTE_SM90_ARGUMENTS) {
+template <int Bits>
+int launch_sm90_bits(FLUTE_SM90_ARGUMENTS) {
 #ifndef FLUTE_FEW_SHAPES
   if (matrix.dtype == FLUTE_FLOAT16)
-    return launch_sm90_block<Bits, __half>(matrix, config, m, x, records, table,
-                                           y, stream);
+    return launch_sm90_block<Bits, __half>(matrix, config, m, x, records, table, y, stream);
 #endif
-  return launch_sm90_block<Bits, __nv_bfloat16>(matrix, config, m, x, records,
-                                                table, y, stream);
+  return launch_sm90_block<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
 }
 
-} // namespace flute
+}  // namespace flute

@@ -1,11 +1,10 @@
-// y[m, n] = x[m, k] * w[n, k]^T on Hopper for hundreds of rows of x and more, w
-// in the internal layout.
+// y[m, n] = x[m, k] * w[n, k]^T on Hopper for hundreds of rows of x and more, w in the internal
+// layout.
 //
-// Here the tensor cores are the limit, and shared memory next to it: x is read
-// from it for each 64 rows of w, the table once for each weight and block. So a
-// block computes as much as its registers hold, 256 rows of w by 192 of x: each
-// decoded weight is used 192 times. Two warpgroups hold 128 rows of w each;
-// while one half tile of 64 rows multiplies, the warpgroup decodes the next.
+// Here the tensor cores are the limit, and shared memory next to it: x is read from it for each 64
+// rows of w, the table once for each weight and block. So a block computes as much as its registers
+// hold, 256 rows of w by 192 of x: each decoded weight is used 192 times. Two warpgroups hold 128
+// rows of w each; while one half tile of 64 rows multiplies, the warpgroup decodes the next.
 // Weights are rounded to 16 bits after scaling, as dequantize does.
 #pragma once
 
@@ -13,23 +12,22 @@
 
 namespace flute {
 
-constexpr int kPrefillRows = 256; // of w, in one round of a block
+constexpr int kPrefillRows = 256;  // of w, in one round of a block
 constexpr int kPrefillWarps = 8;
-constexpr int kPrefillBarrierBytes =
-    (kPrefillWarps * kMaxSlots + 2 * kMaxXStages) * 8;
+constexpr int kPrefillBarrierBytes = (kPrefillWarps * kMaxSlots + 2 * kMaxXStages) * 8;
 
 // What a launch needs; filled by sm90_prefill_launch.cuh.
 struct PrefillParams {
-  const uint8_t *records;
-  const uint8_t *table;
-  void *y;
+  const uint8_t* records;
+  const uint8_t* table;
+  void* y;
   int m, n, k_tiles;
-  int table_bytes; // of one part
+  int table_bytes;  // of one part
   bool pair_table;
-  int row_tiles; // 16-row tiles of a block: 16 for each round
-  int slots;     // requests of weights of a warp
+  int row_tiles;  // 16-row tiles of a block: 16 for each round
+  int slots;      // requests of weights of a warp
   int x_stages;
-  int x_offset; // from the start of shared memory
+  int x_offset;  // from the start of shared memory
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
 };
@@ -41,7 +39,8 @@ struct PrefillShape {
   static constexpr int kColumns = Columns_;
   static constexpr int kGroups = Groups_;
   static constexpr int kThreads = kPrefillWarps * 32;
-  static constexpr int kDepth = 2; // k tiles of a request of weights
+  static constexpr int kDepth = 2;  // k tiles of a request of weights
+  static constexpr int kRows = 2;   // 64-row tiles of a warpgroup side by side
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
   static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;
@@ -50,70 +49,28 @@ struct PrefillShape {
 };
 
 #if FLUTE_HAS_WGMMA
-// The records of one warp in the order of use: two k tiles of its first row
-// tile, then of its second.
-template <typename Shape> struct PairRing {
-  uint32_t barriers, slots_at;
-  const uint8_t *next; // first row tile
-  int64_t row_bytes;   // from the first row tile to the second
-  int64_t round_step;  // from the end of a row of tiles to the next round's
-  int k_tiles, k_left;
-  int own[2]; // rounds in which this warp has a first, a second row tile
-  int round, rounds, row; // to request
-  int slots;
-  uint64_t policy;
-
-  __device__ __forceinline__ uint32_t barrier(int slot) const {
-    return barriers + slot * 8;
-  }
-  __device__ __forceinline__ uint32_t address(int slot) const {
-    return slots_at + slot * Shape::kSlot;
-  }
-  // A missing row tile still takes a slot and a phase of its barrier.
-  __device__ __forceinline__ void request(int slot, int lane) {
-    if (round >= rounds)
-      return;
-    const int bytes = k_left < Shape::kDepth ? Shape::kRecord : Shape::kSlot;
-    if (lane == 0) {
-      if (round < (row ? own[1] : own[0]))
-        bulk_copy(address(slot), next + (row ? row_bytes : 0), bytes,
-                  barrier(slot), policy);
-      else
-        barrier_arrive(barrier(slot));
-    }
-    row ^= 1;
-    if (row)
-      return;
-    next += bytes, k_left -= Shape::kDepth;
-    if (k_left <= 0)
-      next += round_step, k_left = k_tiles, round++;
-  }
-};
-
 // Two times 64 rows of w by kColumns rows of x.
-template <typename Shape> struct WideProducts {
+template <typename Shape>
+struct WideProducts {
   using T = typename Shape::T;
   float sums[2][Shape::kColumns / 2];
-  uint32_t a[2][4][4];              // decoded, half a tile of each row
-  uint32_t word[2][Shape::kGroups]; // scales
+  uint32_t a[2][4][4];               // decoded, half a tile of each row
+  uint32_t word[2][Shape::kGroups];  // scales
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
-      for (int i = 0; i < Shape::kColumns / 2; i++)
-        sums[r][i] = 0;
+      for (int i = 0; i < Shape::kColumns / 2; i++) sums[r][i] = 0;
   }
 
-  // A k tile of both rows: `record(r)` says where its records are. `take` waits
-  // for the x of the next half and returns its address, `multiplied` runs when
-  // the half before has been multiplied, `decoded(r)` when the codes of a row
-  // have been used.
-  template <typename Record, typename Take, typename Multiplied,
-            typename Decoded>
-  __device__ __forceinline__ void tile(const Decoder<Shape::kBits> &decoder,
-                                       int lane, Record record, Take take,
-                                       Multiplied multiplied, Decoded decoded) {
+  // A k tile of both rows: `record(r)` says where its records are. `take` waits for the x of the
+  // next half and returns its address, `multiplied` runs when the half before has been multiplied,
+  // `decoded(r)` when the codes of a row have been used.
+  template <typename Record, typename Take, typename Multiplied, typename Decoded>
+  __device__ __forceinline__ void tile(const Decoder<Shape::kBits>& decoder, int lane,
+                                       Record record, Take take, Multiplied multiplied,
+                                       Decoded decoded) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const uint32_t x = take();
@@ -122,22 +79,18 @@ template <typename Shape> struct WideProducts {
         const uint32_t from = record(r);
         Codes<Shape::kBits> codes;
         if (half == 0) {
-          const uint32_t at =
-              from + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
+          const uint32_t at = from + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
 #pragma unroll
-          for (int i = 0; i < Shape::kGroups; i++)
-            word[r][i] = load_shared(at + i * 4);
+          for (int i = 0; i < Shape::kGroups; i++) word[r][i] = load_shared(at + i * 4);
         }
         codes.load_half(from, half, lane);
-        wgmma_wait<1>(); // the products that use a[r] are done
-        if (r == 1)
-          multiplied();
+        wgmma_wait<1>();  // the products that use a[r] are done
+        if (r == 1) multiplied();
 #pragma unroll
         for (int f = 0; f < 4; f += 2)
           decoder.decode(a[r][f], a[r][f + 1], codes, 2 * half + f / 2);
         apply_scales<T>(a[r], word[r], 4 * half);
-        if (half == 1)
-          decoded(r);
+        if (half == 1) decoded(r);
         multiply_box<T, Shape::kColumns>(sums[r], a[r], x, true);
       }
     }
@@ -156,50 +109,40 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int warp = __shfl_sync(~0u, thread / 32, 0);
   const int group = warp / 4, quarter = warp % 4;
   const int column0 = (blockIdx.z * gridDim.x + blockIdx.x) * Shape::kColumns;
-  if (column0 >= p.m)
-    return;
+  if (column0 >= p.m) return;
   const BlockRows block(p, blockIdx.y);
   const int rounds = ceil_div(block.tiles, kPrefillRows / kTileRows);
-  // Row tile r of this warp and round: 64 rows of each of the two warpgroups,
-  // then again.
-  auto tile_of = [&](int round, int r) {
-    return round * 16 + r * 8 + group * 4 + quarter;
-  };
+  // Row tile r of this warp and round: 64 rows of each of the two warpgroups, then again.
+  auto tile_of = [&](int round, int r) { return round * 16 + r * 8 + group * 4 + quarter; };
 
-  const uint8_t *part_table =
-      p.table + static_cast<int64_t>(block.part) * p.table_bytes;
+  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
   TableFill<Shape::kBits, Shape::kThreads> fill;
   fill.load(part_table, p.pair_table);
 
   // Shared memory: barriers, rings of weights | table | x.
   const uint32_t base = shared_address(shared);
-  const uint32_t table =
-      (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
-  const int64_t row_bytes = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
-  PairRing<Shape> ring;
+  const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
+  const uint32_t tile_step = p.k_tiles * (Shape::kRecord / 16);
+  RecordRing<Shape> ring;
   ring.barriers = base + warp * kMaxSlots * 8;
   ring.slots_at = base + kPrefillBarrierBytes + warp * p.slots * Shape::kSlot;
-  ring.next = p.records + (block.first_tile + tile_of(0, 0)) * row_bytes;
-  ring.row_bytes = 8 * row_bytes, ring.round_step = 15 * row_bytes;
+  ring.next = (block.first_tile + tile_of(0, 0)) * tile_step;
+  ring.row_step = 8 * tile_step, ring.round_step = 15 * tile_step;
   ring.k_tiles = ring.k_left = p.k_tiles;
-#pragma unroll
-  for (int r = 0; r < 2; r++)
-    ring.own[r] = (block.tiles - tile_of(0, r) + 15) >> 4;
-  ring.round = ring.row = 0, ring.rounds = rounds, ring.slots = p.slots;
+  ring.row = ring.slot = 0, ring.rounds_left = rounds;
+  ring.tile = group, ring.tile_step = 2, ring.whole = (block.tiles - quarter + 3) / 4;
+  ring.slots = p.slots, ring.phase = 0;
   ring.policy = evict_first_policy();
 
   XRing<Shape> x;
-  x.filled = base + kPrefillWarps * kMaxSlots * 8,
-  x.emptied = x.filled + kMaxXStages * 8;
+  x.filled = base + kPrefillWarps * kMaxSlots * 8, x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset;
   x.map = &x_map, x.stages = p.x_stages, x.lag = 1;
   x.column = 0, x.row = column0, x.length = 2 * p.k_tiles;
-  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0,
-  x.left = rounds * x.length;
+  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * x.length;
   const bool brings_x = warp == 0;
 
-  if (lane < p.slots)
-    barrier_init(ring.barrier(lane), 1);
+  if (lane < p.slots) barrier_init(ring.barrier(lane), 1);
   if (brings_x && lane == 0) {
     tensor_map_prefetch(&x_map);
     for (int i = 0; i < p.x_stages; i++) {
@@ -210,64 +153,49 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   barrier_init_fence();
   __syncwarp();
 #pragma unroll 1
-  for (int i = 0; i < p.slots; i++)
-    ring.request(i, lane);
+  for (int i = 0; i < p.slots; i++) ring.request(p.records, i, lane);
   allow_next_launch();
   wait_for_previous_launch();
-  if (brings_x)
-    x.start(lane);
+  if (brings_x) x.start(lane);
   fill.store(table);
-  __syncthreads(); // barriers of x, and the table
+  __syncthreads();  // barriers of x, and the table
 
   const Decoder<Shape::kBits> decoder(table, lane);
   WideProducts<Shape> products;
-  T *y = static_cast<T *>(p.y) + static_cast<int64_t>(column0) * p.n +
-         block.first_row;
+  T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + block.first_row;
   const int columns = min(Shape::kColumns, p.m - column0);
-  int slot[2] = {0, 1 % p.slots};
-  uint32_t phase[2] = {0, 0};
   for (int round = 0; round < rounds; round++) {
     products.clear();
 #pragma unroll 1
     for (int k_tile = 0; k_tile < p.k_tiles; k_tile += 2) {
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-        barrier_wait(ring.barrier(slot[r]), phase[r]);
+      const uint32_t slot0 = ring.take(), slot1 = ring.take_second();
       int taken = 0, before = 0;
       bool first = true;
       auto take = [&] {
         before = taken, taken = x.take();
         return x.address(taken);
       };
-      auto nothing = [](int) {};
-      auto free_slot = [&](int r) {
-        __syncwarp();
-        ring.request(slot[r], lane);
-      };
+      auto record = [&](int r) { return r ? slot1 : slot0; };
       products.tile(
-          decoder, lane, [&](int r) { return ring.address(slot[r]); }, take,
+          decoder, lane, record, take,
           [&] {
-            if (!first)
-              x.release(before, lane, brings_x);
+            if (!first) x.release(before, lane, brings_x);
             first = false;
           },
-          nothing);
-      if (k_tile + 1 < p.k_tiles)
+          [](int) {});
+      auto free_slot = [&](int) { ring.free(p.records, lane); };
+      if (k_tile + 1 < p.k_tiles) {
         products.tile(
-            decoder, lane,
-            [&](int r) { return ring.address(slot[r]) + Shape::kRecord; }, take,
+            decoder, lane, [&](int r) { return record(r) + Shape::kRecord; }, take,
             [&] { x.release(before, lane, brings_x); }, free_slot);
-      else
-        for (int r = 0; r < 2; r++)
-          free_slot(r);
+      } else {
+        free_slot(0);
+        free_slot(1);
+      }
       wgmma_wait<0>();
       pin(products.sums[0]);
       pin(products.sums[1]);
       x.release(taken, lane, brings_x);
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-        if ((slot[r] += 2) >= p.slots)
-          slot[r] -= p.slots, phase[r] ^= 1;
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -279,4 +207,4 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #endif
 }
 
-} // namespace flute
+}  // namespace flute

@@ -1,99 +1,86 @@
-// What a warpgroup of the Hopper kernels does with 64 rows of w: decode them
-// into wgmma's A registers, multiply, write sums.
+// What a warpgroup of the Hopper kernels does with 64 rows of w: decode them into wgmma's A
+// registers, multiply, write sums.
 #pragma once
 
 #include "sm90_rings.cuh"
 
 namespace flute {
 
-// Of a block. The fewer the registers a warpgroup needs, the more of them hide
-// each other's waits.
-constexpr int sm90_warpgroups(int columns) { return columns == 16 ? 6 : 4; }
+constexpr int kWarpgroups = 4;  // of a block
 
-template <int Bits_, typename T_, int Columns_, int Groups_> struct Sm90Shape {
+template <int Bits_, typename T_, int Columns_, int Groups_, int Rows_>
+struct Sm90Shape {
   using T = T_;
   static constexpr int kBits = Bits_;
-  static constexpr int kColumns =
-      Columns_; // rows of x of a block: 16, 32, 64, 128
-  static constexpr int kGroups = Groups_; // groups of a record: 1, 2, 4
-  static constexpr int kWarpgroups = sm90_warpgroups(Columns_);
+  static constexpr int kColumns = Columns_;  // rows of x of a block: 16, 32, 64, 128
+  static constexpr int kGroups = Groups_;    // groups of a record: 1, 2, 4
+  static constexpr int kRows = Rows_;        // 64-row tiles of a warpgroup side by side: 1, 2
   static constexpr int kThreads = kWarpgroups * 128;
-  // k tiles of a step, and of a request of weights: a bulk copy holds up shared
-  // memory for some clocks whatever its size.
+  // k tiles of a step, and of a request of weights: a bulk copy holds up shared memory for some
+  // clocks whatever its size.
   static constexpr int kDepth = 2;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
-  static constexpr int kBoxBytes =
-      Columns_ * kSwizzleRowBytes;  // x of 64 columns
-  static constexpr int kXBoxes = 2; // of a stage
+  static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;  // x of 64 columns
+  static constexpr int kXBoxes = 2;                              // of a stage
   static constexpr int kXStage = kXBoxes * kBoxBytes;
-  // With few columns and one group, sums of a k tile take fewer multiplications
-  // than its weights.
+  // With few columns and one group, sums of a k tile take fewer multiplications than its weights.
   static constexpr bool kScaleSums = Columns_ <= 32 && Groups_ == 1;
 };
 
 #if FLUTE_HAS_WGMMA
-// Scales four fragments, first, first + 1, .. of a tile. A word holds the
-// scales of rows g (low half) and g + 8 of a group.
+// Scales four fragments, first, first + 1, .. of a tile. A word holds the scales of rows g (low
+// half) and g + 8 of a group.
 template <typename T, int Groups>
-__device__ __forceinline__ void
-apply_scales(uint32_t (&a)[4][4], const uint32_t (&word)[Groups], int first) {
+__device__ __forceinline__ void apply_scales(uint32_t (&a)[4][4], const uint32_t (&word)[Groups],
+                                             int first) {
 #pragma unroll
   for (int f = 0; f < 4; f++) {
     const uint32_t w = word[(first + f) * Groups / kFragments];
-    const uint32_t low = permute_bytes(w, w, 0x1010),
-                   high = permute_bytes(w, w, 0x3232);
+    const uint32_t low = permute_bytes(w, w, 0x1010), high = permute_bytes(w, w, 0x3232);
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      a[f][j] = multiply_pairs<T>(a[f][j], j & 1 ? high : low);
+    for (int j = 0; j < 4; j++) a[f][j] = multiply_pairs<T>(a[f][j], j & 1 ? high : low);
   }
 }
 
 // d += a * x for 64 columns of k at `x`; asynchronous.
 template <typename T, int Columns>
-__device__ __forceinline__ void multiply_box(float (&d)[Columns / 2],
-                                             uint32_t (&a)[4][4], uint32_t x,
-                                             bool accumulate) {
+__device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (&a)[4][4],
+                                             uint32_t x, bool accumulate) {
   pin(d);
 #pragma unroll
-  for (int f = 0; f < 4; f++)
-    pin(a[f]);
+  for (int f = 0; f < 4; f++) pin(a[f]);
   wgmma_begin();
 #pragma unroll
   for (int f = 0; f < 4; f++)
-    wgmma<T, Columns>(d, a[f], x_descriptor(x) + f * kDescriptorStep,
-                      f > 0 || accumulate);
+    wgmma<T, Columns>(d, a[f], x_descriptor(x) + f * kDescriptorStep, f > 0 || accumulate);
   wgmma_commit();
   pin(d);
 }
 
-// Sums of a 16-row tile of w to y [columns, n], of which `rows` and `columns`
-// are inside. Neighbouring lanes exchange values, so that each writes two rows
-// of w at once where `pairs` allows.
+// Sums of a 16-row tile of w to y [columns, n], of which `rows` and `columns` are inside.
+// Neighbouring lanes exchange values, so that each writes two rows of w at once where `pairs`
+// allows.
 template <typename T, int Count>
-__device__ __forceinline__ void write_sums(const float (&sums)[Count], T *y,
-                                           int64_t n, int rows, int columns,
-                                           bool pairs, int lane) {
+__device__ __forceinline__ void write_sums(const float (&sums)[Count], T* y, int64_t n, int rows,
+                                           int columns, bool pairs, int lane) {
   const int g = lane / 4, t = lane % 4, odd = g & 1;
   if (pairs) {
-    T *to = y + (2 * t + odd) * n + g -
-            odd; // moved along, as all addresses at once would spill
+    T* to = y + (2 * t + odd) * n + g - odd;  // moved along, as all addresses at once would spill
     int left = columns - 2 * t - odd;
 #pragma unroll
     for (int i = 0; i < Count; i += 4, to += 8 * n, left -= 8) {
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) { // rows g, then g + 8
+      for (int j = 0; j < 4; j += 2) {  // rows g, then g + 8
         const float low = sums[i + j], high = sums[i + j + 1];
         const float received = __shfl_xor_sync(~0u, odd ? low : high, 4);
-        const uint32_t word = odd ? narrow_pair<T>(received, high)
-                                  : narrow_pair<T>(low, received);
-        if (left > 0 && g + 4 * j < rows)
-          *reinterpret_cast<uint32_t *>(to + 4 * j) = word;
+        const uint32_t word = odd ? narrow_pair<T>(received, high) : narrow_pair<T>(low, received);
+        if (left > 0 && g + 4 * j < rows) *reinterpret_cast<uint32_t*>(to + 4 * j) = word;
       }
     }
     return;
   }
-  T *to = y + 2 * t * n + g;
+  T* to = y + 2 * t * n + g;
   int left = columns - 2 * t;
 #pragma unroll
   for (int i = 0; i < Count; i += 4, to += 8 * n, left -= 8) {
@@ -104,97 +91,99 @@ __device__ __forceinline__ void write_sums(const float (&sums)[Count], T *y,
   }
 }
 
-// What a warpgroup accumulates, and the products under way: at any time at most
-// two groups of them, one of each half of `a`.
-template <typename Shape> struct Products {
+// What a warpgroup accumulates, and the products under way: at any time at most two groups of them,
+// one of each half of `a`.
+template <typename Shape>
+struct Products {
   static constexpr int kCount = Shape::kColumns / 2;
   using T = typename Shape::T;
-  float sums[kCount];
-  float part[2][Shape::kScaleSums ? kCount : 1]; // of the tile in hand and the
-                                                 // one before
-  float2 scale;                                  // of the tile in hand
-  uint32_t a[2][4][4];           // the decoded weights of half a tile each
-  Codes<Shape::kBits> codes;     // of the next tile
-  uint32_t word[Shape::kGroups]; // its scales: rows g (low half) and g + 8 of
-                                 // each group
+  float sums[Shape::kRows][kCount];
+  float part[2][Shape::kScaleSums ? kCount : 1];  // of the tile in hand and the one before
+  float2 scale;                                   // of the tile in hand
+  uint32_t a[2][4][4];                            // the decoded weights of half a tile each
+  Codes<Shape::kBits> codes;                      // of the next tile
+  uint32_t word[Shape::kGroups];  // its scales: rows g (low half) and g + 8 of each group
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      sums[i] = 0;
+    for (int r = 0; r < Shape::kRows; r++)
+#pragma unroll
+      for (int i = 0; i < kCount; i++) sums[r][i] = 0;
   }
 
   // Scales first: when the codes have arrived, they have.
   __device__ __forceinline__ void load(uint32_t record, int lane) {
-    const uint32_t scales_at =
-        record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
+    const uint32_t scales_at = record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
 #pragma unroll
-    for (int i = 0; i < Shape::kGroups; i++)
-      word[i] = load_shared(scales_at + i * 4);
+    for (int i = 0; i < Shape::kGroups; i++) word[i] = load_shared(scales_at + i * 4);
     codes.load(record, lane);
   }
 
-  // sums += scale * part
-  template <int Tile> __device__ __forceinline__ void fold() {
-    pin(part[Tile]);
+  // sums += scale * part, of tile `Unit`
+  template <int Unit>
+  __device__ __forceinline__ void fold() {
+    pin(part[Unit & 1]);
 #pragma unroll
     for (int i = 0; i < kCount; i++)
-      sums[i] += (i & 2 ? scale.y : scale.x) * part[Tile][i];
+      sums[Unit / 2][i] += (i & 2 ? scale.y : scale.x) * part[Unit & 1][i];
   }
 
-  // k tile `Tile` of a step. `previous_done` runs when the tile before has been
-  // multiplied, `decoded` when the codes have been used.
-  template <int Tile, typename PreviousDone, typename Decoded>
-  __device__ __forceinline__ void
-  tile(uint32_t x, const Decoder<Shape::kBits> &decoder,
-       PreviousDone previous_done, Decoded decoded) {
+  // Tile `Unit` of a step: k tile Unit % 2 of row Unit / 2. Its codes are loaded; `decoded` runs
+  // when they have been used. `Previous`: the tile before in this step, or -1.
+  template <int Unit, int Previous, typename Decoded>
+  __device__ __forceinline__ void tile(uint32_t x, const Decoder<Shape::kBits>& decoder,
+                                       Decoded decoded) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      wgmma_wait<1>(); // the products that use this half of `a` are done
-      if (half == 1) {
-        if constexpr (Shape::kScaleSums) {
-          if constexpr (Tile > 0)
-            fold<Tile - 1>();
+      wgmma_wait<1>();  // the products that use this half of `a` are done
+      if constexpr (Shape::kScaleSums) {
+        if (half == 1) {
+          if constexpr (Previous >= 0) fold<Previous>();
           scale = widen<T>(word[0]);
         }
-        previous_done();
       }
 #pragma unroll
       for (int f = 0; f < 4; f += 2)
         decoder.decode(a[half][f], a[half][f + 1], codes, 2 * half + f / 2);
-      if constexpr (!Shape::kScaleSums)
-        apply_scales<T>(a[half], word, 4 * half);
-      if (half == 1)
-        decoded();
+      if constexpr (!Shape::kScaleSums) apply_scales<T>(a[half], word, 4 * half);
+      if (half == 1) decoded();
       const uint32_t box = x + half * Shape::kBoxBytes;
       if constexpr (Shape::kScaleSums)
-        multiply_box<T, Shape::kColumns>(part[Tile], a[half], box, half == 1);
+        multiply_box<T, Shape::kColumns>(part[Unit & 1], a[half], box, half == 1);
       else
-        multiply_box<T, Shape::kColumns>(sums, a[half], box, true);
+        multiply_box<T, Shape::kColumns>(sums[Unit / 2], a[half], box, true);
     }
   }
 
-  // After the last tile of a step. Products may not be under way across a turn
-  // of the loop: ptxas then lets none overlap.
-  template <int Tile> __device__ __forceinline__ void settle() {
+  // After the last tile of a step. Products may not be under way across a turn of the loop: ptxas
+  // then lets none overlap.
+  template <int Unit>
+  __device__ __forceinline__ void settle() {
     wgmma_wait<0>();
-    if constexpr (Shape::kScaleSums)
-      fold<Tile>();
-    else
-      pin(sums);
+    if constexpr (Shape::kScaleSums) {
+      fold<Unit>();
+    } else {
+#pragma unroll
+      for (int r = 0; r < Shape::kRows; r++) pin(sums[r]);
+    }
   }
 
-  // As columns of 16 + kPad rows of floats: [row of x][row of w].
+  // The first `rows` row tiles, `row_bytes` apart, as columns of 16 + Pad floats: [row of x][row of
+  // w].
   template <int Pad>
-  __device__ __forceinline__ void store(uint32_t to, int lane) const {
+  __device__ __forceinline__ void store(uint32_t to, int row_bytes, int rows, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
-      const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
-      store_shared_float(to + (column * (kTileRows + Pad) + row) * 4, sums[i]);
+    for (int r = 0; r < Shape::kRows; r++) {
+      if (r >= rows) break;
+#pragma unroll
+      for (int i = 0; i < kCount; i++) {
+        const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
+        store_shared_float(to + r * row_bytes + (column * (kTileRows + Pad) + row) * 4, sums[r][i]);
+      }
     }
   }
 };
 #endif
 
-} // namespace flute
+}  // namespace flute

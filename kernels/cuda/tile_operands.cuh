@@ -1,21 +1,20 @@
-// Operands of the tile kernel: 16 columns at a time, from codes and scales in
-// shared memory to scaled weights (the A operand), and from x in shared memory
-// to the B operand.
+// Operands of the tile kernel: 16 columns at a time, from codes and scales in shared memory to
+// scaled weights (the A operand), and from x in shared memory to the B operand.
 #pragma once
 
 #include "lut.cuh"
 
 namespace flute {
 
-// What a lane needs of the codes of one or two pairs of fragments, 16 rows x 32
-// columns each, in one load of each plane: `first` is the first pair, a
-// multiple of Pairs and the same for all lanes.
-template <int Bits, int Pairs> struct PairCodes;
+// What a lane needs of the codes of one or two pairs of fragments, 16 rows x 32 columns each, in
+// one load of each plane: `first` is the first pair, a multiple of Pairs and the same for all
+// lanes.
+template <int Bits, int Pairs>
+struct PairCodes;
 
 // Pairs * 2 words, or as many words as pairs.
 template <int Words>
-__device__ __forceinline__ void load_words(uint32_t (&word)[Words],
-                                           uint32_t at) {
+__device__ __forceinline__ void load_words(uint32_t (&word)[Words], uint32_t at) {
   if constexpr (Words == 1) {
     word[0] = load_shared(at);
   } else if constexpr (Words == 2) {
@@ -27,7 +26,8 @@ __device__ __forceinline__ void load_words(uint32_t (&word)[Words],
   }
 }
 
-template <int Pairs> struct PairCodes<4, Pairs> {
+template <int Pairs>
+struct PairCodes<4, Pairs> {
   uint32_t word[2 * Pairs];
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     load_words(word, record + (first >> 1) * 512 + lane * 16 + (first & 1) * 8);
@@ -37,25 +37,23 @@ template <int Pairs> struct PairCodes<4, Pairs> {
   }
 };
 
-// At 3 and 2 bits the rest of a nibble is another fragment's; the table does
-// not depend on it.
-template <int Pairs> struct PairCodes<3, Pairs> {
-  uint32_t low[Pairs],
-      high; // bit 2 * pair + odd of a nibble of `high` is bit 2 of a code
+// At 3 and 2 bits the rest of a nibble is another fragment's; the table does not depend on it.
+template <int Pairs>
+struct PairCodes<3, Pairs> {
+  uint32_t low[Pairs], high;  // bit 2 * pair + odd of a nibble of `high` is bit 2 of a code
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     load_words(low, record + lane * 16 + first * 4);
-    high = load_shared(record + 512 + lane * 8 + (first >> 1) * 4) >>
-           (first & 1) * 2;
+    high = load_shared(record + 512 + lane * 8 + (first >> 1) * 4) >> (first & 1) * 2;
   }
   __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
     const int bit = 2 * pair + odd;
     return select_bits(odd ? low[pair] >> 2 : low[pair],
-                       bit < 2 ? high << (2 - bit) : high >> (bit - 2),
-                       0x33333333u);
+                       bit < 2 ? high << (2 - bit) : high >> (bit - 2), 0x33333333u);
   }
 };
 
-template <int Pairs> struct PairCodes<2, Pairs> {
+template <int Pairs>
+struct PairCodes<2, Pairs> {
   uint32_t word[Pairs];
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     load_words(word, record + lane * 16 + first * 4);
@@ -65,31 +63,29 @@ template <int Pairs> struct PairCodes<2, Pairs> {
   }
 };
 
-// Codes and scales of 16 rows, and A operands from them. The table is a narrow
-// one: that leaves room for two more steps of x than a wide one, and one kind
-// of table serves every device. Its address is added rather than merged, so
-// that it needs no alignment, which would cut shared memory in two.
-template <int Bits, typename T, int Groups, int Pairs> struct Weights {
-  static constexpr int kScales =
-      Groups == 4 ? Pairs : 1; // two pairs have one group or two
+// Codes and scales of 16 rows, and A operands from them. The table is a narrow one: that leaves
+// room for two more steps of x than a wide one, and one kind of table serves every device. Its
+// address is added rather than merged, so that it needs no alignment, which would cut shared memory
+// in two.
+template <int Bits, typename T, int Groups, int Pairs>
+struct Weights {
+  static constexpr int kScales = Groups == 4 ? Pairs : 1;  // two pairs have one group or two
   PairCodes<Bits, Pairs> codes;
-  uint32_t scales[kScales]; // of rows g (low half) and g + 8
+  uint32_t scales[kScales];  // of rows g (low half) and g + 8
 
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     codes.load(record, lane, first);
-    load_words(scales, record + code_bytes(Bits) +
-                           (lane / 4 * Groups + (first * Groups >> 2)) * 4);
+    load_words(scales, record + code_bytes(Bits) + (lane / 4 * Groups + (first * Groups >> 2)) * 4);
   }
-  __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t table,
-                                         int lane, int pair, int odd) const {
+  __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t table, int lane, int pair,
+                                         int odd) const {
     const uint32_t nibbles = codes.nibbles(pair, odd);
     const uint32_t both = scales[pair % kScales];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const uint32_t at = j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7);
       const uint32_t scale = permute_bytes(both, both, j & 1 ? 0x3232 : 0x1010);
-      a[j] = multiply_pairs<T>(load_table(and_or(at, 0x7f80, lane * 4) + table),
-                               scale);
+      a[j] = multiply_pairs<T>(load_table(and_or(at, 0x7f80, lane * 4) + table), scale);
     }
   }
 };
@@ -110,4 +106,4 @@ struct XColumns {
   }
 };
 
-} // namespace flute
+}  // namespace flute

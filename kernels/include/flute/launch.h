@@ -40,7 +40,8 @@ typedef struct {
 
 // How a launch of the Hopper kernel for more rows of x is cut; flute_vllm/tuning/ chooses it.
 typedef struct {
-  int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128
+  int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128, 192
+  int32_t rows;        // 64-row tiles of w that a warpgroup computes side by side: 1 or 2
   int32_t row_tiles;   // 16-row tiles of w that a block computes
   int32_t row_groups;  // groups of a block's 4 warpgroups that share these tiles: 1, 2, 4; within a
                        // group the warpgroups split k
