@@ -55,26 +55,29 @@ ERROR_BLOCK = 8192  # rows of the weight held in float64 at once
 
 @dataclass
 class Ours:
-    """Our kernels behind one call; ``config`` replaces the choice of the decode launch."""
+    """Our kernels behind one call; ``entry`` replaces the choice of the plan."""
 
     library: Library
     gpu: tuning.Device
-    config: tuning.Config | None = None
+    entry: tuning.Entry | None = None
 
-    def choice(self, layer: Layer, m: int) -> tuning.Config | None:
-        """The decode launch of m rows, None where another kernel runs."""
-        if m > tuning.MAX_ROWS:
-            return None
+    def choice(self, layer: Layer, m: int) -> tuning.Entry:
+        """The kernel and launch of m rows."""
         matrix = layer.matrix
-        problem = tuning.Problem(matrix.n, matrix.k, m, matrix.bits, matrix.group_size)
-        return self.config or tuning.select(problem, self.gpu, environment={})
+        parts = tuple(matrix.part_rows[: matrix.parts])
+        return self.entry or _choice(
+            matrix.n, matrix.k, matrix.bits, matrix.group_size, parts, self.gpu, m
+        )
 
     def __call__(self, layer: Layer, x: torch.Tensor, y: torch.Tensor, m: int) -> torch.Tensor:
         """y [m, N] = x [m, K] times the weight of the layer."""
-        config = self.choice(layer, m)
-        if config is not None:
-            return self.library.decode(layer, config, x, y)
-        return torch.mm(x, self.library.dequantize(layer, poison=False).t(), out=y)
+        return self.library.run(layer, self.choice(layer, m), x, y)
+
+
+@functools.cache
+def _choice(n, k, bits, group, parts, gpu: tuning.Device, m: int) -> tuning.Entry:
+    found = tuning.entries(n, k, bits, group, parts, gpu, environment={})
+    return tuning.entry_of(found, m)
 
 
 @dataclass
@@ -147,39 +150,40 @@ def _call(call, tensors: tuple, x: torch.Tensor) -> torch.Tensor:
 
 
 def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
+    """Launches of the decode kernel; ``flute-vllm tune`` has those of the others."""
     full = {}
     for config in tuning.candidates(problem, gpu):
         for slots in (0, 2, 3):
             done = tuning.complete(problem, replace(config, slots=slots), gpu)
             if done is not None:
                 full[done] = tuning.efficiency(problem, done, gpu)
-    return sorted(full, key=full.get, reverse=True)[:limit]
+    ranked = sorted(full, key=full.get, reverse=True)[:limit]
+    return [tuning.Entry(problem.m, tuning.DECODE, config.numbers) for config in ranked]
 
 
 def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: float, arguments):
-    """(microseconds, microseconds with overlap or None, config or None): the best of a sweep."""
+    """(microseconds, microseconds with overlap or None, entry): the best of a sweep."""
     m = x.shape[0]
 
-    def timed(config: tuning.Config | None) -> float:
-        run = replace(ours, config=config)
+    def timed(entry: tuning.Entry, overlap: int) -> float:
+        if entry.kernel in (tuning.DECODE, tuning.SM90):
+            entry = replace(entry, config=(*entry.config[:-1], overlap))
+        run = replace(ours, entry=entry)
         functions = [functools.partial(run, layer, x, y, m) for layer in case.copies]
-        estimate = floor + 3 if config else 0.0
+        estimate = floor + 3 if entry.kernel == tuning.DECODE else 0.0
         return graph_us(functions, arguments.replays, estimate_us=estimate)
 
-    config = ours.choice(case.layer, m)
-    if config is None:
-        return timed(None), None, None
-    configs = [config]
-    if arguments.sweep:
+    found = [ours.choice(case.layer, m)]
+    if arguments.sweep and found[0].kernel == tuning.DECODE:
         matrix = case.layer.matrix
         problem = tuning.Problem(matrix.n, matrix.k, m, matrix.bits, matrix.group_size)
-        configs = sweep_candidates(problem, ours.gpu, arguments.sweep)
-    plain, config = min(
-        ((timed(replace(config, overlap=0)), config) for config in configs), key=lambda p: p[0]
-    )
-    # overlap 1: the next launch starts early; as many as slots: it may also fetch weights
-    overlapped = min(timed(replace(config, overlap=early)) for early in (1, config.slots))
-    return plain, overlapped, config
+        found = sweep_candidates(problem, ours.gpu, arguments.sweep)
+    plain, entry = min(((timed(entry, 0), entry) for entry in found), key=lambda p: p[0])
+    if entry.kernel not in (tuning.DECODE, tuning.SM90):
+        return plain, None, entry
+    # The plugin's 1: the next launch starts early. More: it may also fetch weights.
+    early = (1, entry.config[3]) if entry.kernel == tuning.DECODE else (1,)
+    return plain, min(timed(entry, overlap) for overlap in early), entry
 
 
 def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict:
@@ -195,7 +199,7 @@ def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict
         "us": None, "bytes": moved, "error": relative_error(y, x, case.exact),
         "dense_error": relative_error(torch.matmul(x, case.dense.t()), x, case.exact),
     }  # fmt: skip
-    us, overlapped, config = time_ours(ours, case, x, y, floor, arguments)
+    us, overlapped, entry = time_ours(ours, case, x, y, floor, arguments)
     times, reasons = {}, dict(case.reasons)
     for name, functions in case.peers.items():
         try:
@@ -203,10 +207,10 @@ def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict
         except Exception as error:  # noqa: BLE001 - recorded as the result of this peer
             reasons[name] = peer_library.describe(error)
             torch.cuda.synchronize()  # ends the run here if the device is lost
-    numbers = config and [config.row_tiles, config.row_warps, config.splits, config.slots]
     return row | {
         "us": us, "us_overlap": overlapped, "floor_us": floor, "target_us": floor / 0.88 + 2.5,
-        "config": numbers, "peers": times, "peers_missing": reasons,
+        "kernel": tuning.KERNEL_NAMES[entry.kernel], "config": entry.config[:-1],
+        "peers": times, "peers_missing": reasons,
     }  # fmt: skip
 
 
@@ -225,7 +229,9 @@ def _pair(case: Case) -> bool:
 
 def missing_row(head: dict, reason: str) -> dict:
     nothing = dict.fromkeys(("us", "us_overlap", "bytes", "error", "dense_error", "floor_us"))
-    return head | nothing | {"target_us": None, "config": None, "peers": {}, "missing": reason}
+    return head | nothing | {
+        "target_us": None, "kernel": None, "config": None, "peers": {}, "missing": reason,
+    }  # fmt: skip
 
 
 def bench(ours: Ours, others: dict, arguments, budget: Budget, read_tbps: float, state: dict):
@@ -329,13 +335,14 @@ def merge(old: list[dict], new: list[dict]) -> list[dict]:
 
 
 def write_tuning(rows: list[dict], path: Path, device_name: str, commit: str) -> None:
-    best = {}
+    """The decode kernel's section; others of the file stay."""
+    record = json.loads(path.read_text()) if path.is_file() else {"device": device_name}
+    best = record.setdefault("decode", {})
     for row in rows:
-        if row.get("config"):
+        if row["us"] is not None and row["kernel"] == tuning.KERNEL_NAMES[tuning.DECODE]:
             width = tuning.Problem(row["n"], row["k"], row["m"], row["bits"], 128).width
             best[f"{row['n']},{row['k']},{width},{row['bits']}"] = row["config"]
-    record = {"device": device_name, "commit": commit, "decode": best}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record | {"commit": commit}, indent=1) + "\n")
 
 
 def main() -> int:

@@ -60,8 +60,8 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
             )  # fmt: skip
             full = tuning.complete(tuning.Problem(*problem), config, gpu)
         elif kernel == tuning.SM90:
-            columns = rng.choice((*tuning.sm90.COLUMNS, tuning.sm90.PREFILL_COLUMNS))
-            prefill = columns == tuning.sm90.PREFILL_COLUMNS
+            prefill = rng.random() < 0.3
+            columns = rng.choice(tuning.sm90.PREFILL_COLUMNS if prefill else tuning.sm90.COLUMNS)
             full = tuning.sm90.Config(
                 columns,
                 2 if prefill else rng.choice(tuning.sm90.ROWS[columns]),

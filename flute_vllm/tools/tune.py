@@ -1,7 +1,7 @@
 """Times launches of a model's own layers on this GPU and writes the best to a tuning file.
 
 The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel
-runs with up to M rows of x, and how its launch is cut; ``flute_vllm/tuning/plan.py`` reads it. Entries
+runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Entries
 found in the file are kept, so an interrupted run goes on where it was. The order of work and the
 candidates are fixed; times, and with them close decisions, vary by a few per cent.
 """
@@ -26,7 +26,8 @@ from flute_vllm.tools.layers import LinearLayer
 from flute_vllm.tools.timing import copies_for, graph_us
 from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
 
-DENSE_ROWS = 512  # from here on decoding the whole weight for torch's GEMM may win
+DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
+DENSE_BYTES = 256 << 20  # the most that the decoded weight may take
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 QUICK, CAREFUL, FINALISTS = 2, 7, 4  # replays of all candidates, of the best few
 
@@ -56,7 +57,7 @@ def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> li
     if m <= tuning.MAX_ROWS:
         few = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
         found.append(Entry(m, DECODE, tuning.select(few, gpu, overlap=1).numbers))
-    if m >= DENSE_ROWS:
+    if m >= DENSE_ROWS and layer.n * layer.k * 2 <= DENSE_BYTES:
         found.append(Entry(m, DENSE))
     return found
 
@@ -115,7 +116,7 @@ def tune(
     path: Path,
     *,
     rows: Iterable[int] = tuning.SM90_BUCKETS,
-    limit: int = 40,
+    limit: int = 100,
     budget_s: float = 0,
     show: Callable[[str], None] = print,
 ) -> int:
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", default="4")
     parser.add_argument("--rows", default=",".join(map(str, tuning.SM90_BUCKETS)))
-    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--budget-s", type=float, default=0)
     arguments = parser.parse_args()
     sizes = [tuple(map(int, text.split("x"))) for text in arguments.layers.split(",")]

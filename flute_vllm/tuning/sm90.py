@@ -2,7 +2,7 @@
 
 Two kernels compute ``y[M, N] = x[M, K] w[N, K]^T`` with wgmma. ``kernels/cuda/sm90_gemm.cuh`` takes
 16 to 128 rows of x a block (``columns``), may split k, and needs 9 rows or more to be of use;
-``sm90_prefill.cuh`` takes 192. One config describes both.
+``sm90_prefill.cuh`` takes 128 or 192. One config describes both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
 
 COLUMNS = (16, 32, 64, 128)
 ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
-PREFILL_COLUMNS = 192
+PREFILL_COLUMNS = (128, 192)
 PREFILL_TILES = 16  # 16-row tiles of a block and round
 WARPGROUPS = 4
 MAX_STAGES, MAX_X_STAGES = 16, 8
@@ -77,7 +77,7 @@ class Config:
 
     @property
     def prefill(self) -> bool:
-        return self.columns == PREFILL_COLUMNS
+        return self.rows == 2 and self.columns in PREFILL_COLUMNS
 
     @property
     def k_groups(self) -> int:
@@ -162,7 +162,7 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     """
     if config.prefill:
         wanted = (config.stages,) if config.stages else (4, 3, 2)
-        x_wanted = (config.x_stages,) if config.x_stages else (4, 3)
+        x_wanted = (config.x_stages,) if config.x_stages else (6, 4, 3)
     else:
         most = IN_FLIGHT // (16 * problem.slot_bytes)
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
@@ -179,9 +179,9 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     """Configs worth a look, incomplete: blocks that fill the device a whole number of times."""
     tiles = sum(problem.part_tiles)
     if problem.m > 128:
-        x_tiles = math.ceil(problem.m / PREFILL_COLUMNS)
-        for rounds in (1, 2, 3, 4):
-            yield Config(PREFILL_COLUMNS, 2, PREFILL_TILES * rounds, 2, min(8, x_tiles))
+        for columns, rounds in itertools.product(PREFILL_COLUMNS, (1, 2, 3, 4)):
+            side = min(8, math.ceil(problem.m / columns))
+            yield Config(columns, 2, PREFILL_TILES * rounds, 2, side)
     fitting = [c for c in COLUMNS if c < 2 * problem.m] or [COLUMNS[0]]
     for columns in fitting[-2:]:
         x_tiles = math.ceil(problem.m / columns)
@@ -207,7 +207,7 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     if config.prefill:
         waves = math.ceil(blocks / device.multiprocessors)
         rounds = config.row_tiles / PREFILL_TILES
-        return waves * (rounds * (problem.k_tiles * 3300 + 4000) + 6000)
+        return waves * (rounds * (problem.k_tiles * 17.5 * config.columns + 4000) + 6000)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = config.row_tiles / 4

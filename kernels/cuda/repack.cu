@@ -59,51 +59,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < words; i += kThreads) to[i] = record[i];
 }
 
-// One block writes a 16 x 128 tile of dense weights, each a pair of columns a thread.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint32_t* records, const uint16_t* table, T* w, int k, int bits,
-                      int groups, int k_tiles, bool pairs, Parts parts) {
-  __shared__ uint32_t record[record_bytes(4, 4) / 4];
-  __shared__ float2 pair_values[256];
-  const int tile = blockIdx.x / k_tiles, k_tile = blockIdx.x % k_tiles;
-  const int words = record_bytes(bits, groups) / 4;
-  const int part = parts.part_of_tile(tile);
-  const int first_row = parts.row[part] + (tile - parts.tile[part]) * kTileRows;
-  const int rows = min(kTileRows, parts.row[part + 1] - first_row);
-
-  const uint32_t* from = records + static_cast<int64_t>(blockIdx.x) * words;
-  for (int i = threadIdx.x; i < words; i += kThreads) record[i] = __ldg(from + i);
-  const int codes = 1 << bits;
-  table += part * (pairs ? 2 * codes * codes : codes);
-  for (int i = threadIdx.x; i < codes * codes; i += kThreads) {
-    const uint32_t first = table[pairs ? 2 * i : i / codes];
-    const uint32_t second = table[pairs ? 2 * i + 1 : i % codes];
-    pair_values[i] = widen<T>(first | second << 16);
-  }
-  __syncthreads();
-  const T* scales = reinterpret_cast<const T*>(record + code_bytes(bits) / 4);
-  for (int i = threadIdx.x; i < rows * (kTileK / 2); i += kThreads) {
-    const int row = i / (kTileK / 2), column = i % (kTileK / 2) * 2;
-    const int at = k_tile * kTileK + column;
-    if (at >= k) continue;
-    const int lane = row % 8 * 4 + column % 8 / 2, fragment = column / 16;
-    const int nibble = (column % 16 / 8) * 4 + (row / 8) * 2;
-    uint32_t code[2] = {0, 0};
-    for (int e = 0; e < 2; e++)
-      for (int b = 0; b < bits; b++) {
-        const int bit = code_bit(bits, lane, fragment, nibble + e, b);
-        code[e] |= (record[bit / 32] >> (bit % 32) & 1) << b;
-      }
-    const float2 value = pair_values[code[0] * codes + code[1]];
-    const float scale =
-        static_cast<float>(scales[scale_index(groups, row, column * groups / kTileK)]);
-    T* to = w + static_cast<int64_t>(first_row + row) * k + at;
-    T two[2] = {narrow<T>(value.x * scale), narrow<T>(value.y * scale)};
-    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(two);
-  }
-}
-
 int check(const FluteMatrix& m) {
   const bool group = m.group_size == -1 || m.group_size == 32 || m.group_size == 64 ||
                      m.group_size == 128 || m.group_size == 256;
@@ -117,24 +72,6 @@ int check(const FluteMatrix& m) {
     rows += m.part_rows[i];
   }
   return rows == m.n ? 0 : kBadShape;
-}
-
-}  // namespace
-}  // namespace flute
-
-namespace flute {
-namespace {
-
-template <typename T>
-cudaError_t dequantize(const FluteMatrix& m, const void* records, const void* table, void* w,
-                       cudaStream_t stream) {
-  const Parts parts(m);
-  const int k_tiles = ceil_div(m.k, kTileK);
-  dequantize_kernel<T><<<parts.tiles() * k_tiles, kThreads, 0, stream>>>(
-      static_cast<const uint32_t*>(records), static_cast<const uint16_t*>(table),
-      static_cast<T*>(w), m.k, m.bits, groups_in_tile(m.group_size), k_tiles, m.pair_table != 0,
-      parts);
-  return cudaGetLastError();
 }
 
 }  // namespace
@@ -159,14 +96,6 @@ int flute_repack(const FluteMatrix* m, const void* qweight, const void* scales, 
       static_cast<uint32_t*>(records), m->k, m->bits, m->group_size,
       flute::groups_in_tile(m->group_size), k_tiles, parts);
   return cudaGetLastError();
-}
-
-int flute_dequantize(const FluteMatrix* m, const void* records, const void* table, void* w,
-                     void* stream) {
-  if (int error = flute::check(*m)) return error;
-  auto* s = static_cast<cudaStream_t>(stream);
-  return m->dtype == FLUTE_BFLOAT16 ? flute::dequantize<__nv_bfloat16>(*m, records, table, w, s)
-                                    : flute::dequantize<__half>(*m, records, table, w, s);
 }
 
 }  // extern "C"

@@ -155,18 +155,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
           const uint32_t slot = ring.take();
           products.load(slot, lane);
           products.template tile<kFirst, kFirst - 1>(
-              x.address(x0), decoder, [&] { products.load(slot + Shape::kRecord, lane); });
+              x.address(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
           if constexpr (kFirst == 0) x1 = x.take();
-          products.template tile<kFirst + 1, kFirst>(x.address(x1), decoder, free_slot);
+          products.template tile<kFirst + 1, kFirst>(
+              x.address(x1), decoder,
+              [&] {
+                if (kFirst + 2 == 2 * Shape::kRows) x.release(x0, lane, brings_x);
+              },
+              free_slot);
         });
         products.template settle<2 * Shape::kRows - 1>();
-        x.release(x0, lane, brings_x);
         x.release(x1, lane, brings_x);
       } else {
         for_constants<Shape::kRows>([&](auto row) {
           constexpr int kFirst = 2 * decltype(row)::value;
           products.load(ring.take(), lane);
-          products.template tile<kFirst, -1>(x.address(x0), decoder, free_slot);
+          products.template tile<kFirst, -1>(x.address(x0), decoder, [] {}, free_slot);
           products.template settle<kFirst>();
         });
         x.release(x0, lane, brings_x);
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       for (int r = 0; r < Shape::kRows; r++) {
         const int tile = ((round * Shape::kRows + r) * row_groups + row_group) * 4 + quarter;
         write_sums(products.sums[r], y + tile * kTileRows, p.n, block.rows - tile * kTileRows,
-                   columns, ((p.n | block.first_row) & 1) == 0, lane);
+                   columns, ((p.n | block.first_row | block.rows) & 1) == 0, lane);
       }
     }
   }

@@ -96,7 +96,7 @@ int sm90_w2(FLUTE_SM90_ARGUMENTS);
 
 template <int Bits, typename T, int Columns, int Rows, int Groups>
 int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
-  if constexpr (Columns > 128)
+  if constexpr (Columns >= 128 && Rows == 2)
     return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
                                                                         records, table, y, stream);
   else
@@ -134,6 +134,7 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
     FLUTE_CASE(32, 2);
     FLUTE_CASE(64, 1);
     FLUTE_CASE(128, 1);
+    FLUTE_CASE(128, 2);
     FLUTE_CASE(192, 2);
   }
 #undef FLUTE_CASE

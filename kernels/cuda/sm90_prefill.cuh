@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int r = 0; r < 2; r++) {
       const int row = tile_of(round, r) * kTileRows;
       write_sums(products.sums[r], y + row, p.n, block.rows - row, columns,
-                 ((p.n | block.first_row) & 1) == 0, lane);
+                 ((p.n | block.first_row | block.rows) & 1) == 0, lane);
     }
   }
 #endif

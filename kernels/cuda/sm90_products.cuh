@@ -59,8 +59,8 @@ __device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (
 }
 
 // Sums of a 16-row tile of w to y [columns, n], of which `rows` and `columns` are inside.
-// Neighbouring lanes exchange values, so that each writes two rows of w at once where `pairs`
-// allows.
+// Neighbouring lanes exchange values, so that each writes two rows of w at once where `pairs` says
+// that all rows of y and of w begin and end at even places.
 template <typename T, int Count>
 __device__ __forceinline__ void write_sums(const float (&sums)[Count], T* y, int64_t n, int rows,
                                            int columns, bool pairs, int lane) {
@@ -129,10 +129,11 @@ struct Products {
   }
 
   // Tile `Unit` of a step: k tile Unit % 2 of row Unit / 2. Its codes are loaded; `decoded` runs
-  // when they have been used. `Previous`: the tile before in this step, or -1.
-  template <int Unit, int Previous, typename Decoded>
+  // when they have been used, `previous_done` when the tile before has been multiplied.
+  // `Previous`: the tile before in this step, or -1.
+  template <int Unit, int Previous, typename PreviousDone, typename Decoded>
   __device__ __forceinline__ void tile(uint32_t x, const Decoder<Shape::kBits>& decoder,
-                                       Decoded decoded) {
+                                       PreviousDone previous_done, Decoded decoded) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       wgmma_wait<1>();  // the products that use this half of `a` are done
@@ -142,6 +143,7 @@ struct Products {
           scale = widen<T>(word[0]);
         }
       }
+      if (half == 1) previous_done();
 #pragma unroll
       for (int f = 0; f < 4; f += 2)
         decoder.decode(a[half][f], a[half][f + 1], codes, 2 * half + f / 2);
