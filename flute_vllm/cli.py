@@ -106,12 +106,13 @@ def quantize(
 ) -> None:
     """Quantize a dense checkpoint. Needs no data; streams tensor by tensor."""
     overrides = _overrides(override or [])
-    from flute_vllm.checkpoint import AtomicFolder, Checkpoint, resolve_source
+    from flute_vllm.checkpoint import Checkpoint, resolve_source
     from flute_vllm.quantize.model import (
         QuantizeSettings,
         plan_checkpoint,
         quantize_checkpoint,
     )
+    from flute_vllm.writer import AtomicFolder
 
     settings = QuantizeSettings(
         bits, group_size, scale, scale_dtype, tuple(skip or ()), overrides, device,
@@ -150,8 +151,9 @@ def quantize(
 @app.command()
 def convert(src: Source, out: Out) -> None:
     """Convert a checkpoint of another format (FLUTE zoo) to the native one, bit for bit."""
-    from flute_vllm.checkpoint import AtomicFolder, resolve_source
+    from flute_vllm.checkpoint import resolve_source
     from flute_vllm.convert import convert_checkpoint
+    from flute_vllm.writer import AtomicFolder
 
     AtomicFolder(out)
     _rewrite(convert_checkpoint, resolve_source(src), out)
@@ -160,8 +162,9 @@ def convert(src: Source, out: Out) -> None:
 @app.command()
 def dequantize(src: Source, out: Out) -> None:
     """Write the dense twin: exactly the weights that the kernels compute with."""
-    from flute_vllm.checkpoint import AtomicFolder, resolve_source
+    from flute_vllm.checkpoint import resolve_source
     from flute_vllm.convert import dequantize_checkpoint
+    from flute_vllm.writer import AtomicFolder
 
     AtomicFolder(out)
     _rewrite(dequantize_checkpoint, resolve_source(src), out)

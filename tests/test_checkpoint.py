@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from flute_vllm.checkpoint import INDEX_NAME, MARKER, AtomicFolder, Checkpoint
+from flute_vllm.checkpoint import INDEX_NAME, Checkpoint
 from flute_vllm.convert import convert_checkpoint, dense_state_dict, dequantize_checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import dequantize
 from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint
 from flute_vllm.validate import validate_checkpoint
+from flute_vllm.writer import MARKER, AtomicFolder
 
 ZOO = Path(__file__).parent / "data" / "ckpt_w4"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.int64]

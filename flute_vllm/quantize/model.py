@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from flute_vllm import __version__
-from flute_vllm.checkpoint import AtomicFolder, Checkpoint, Layout, layout_nbytes
+from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import FORMAT_VERSION, SCALE_DTYPES, TENSOR_NAMES, LayerSpec
 from flute_vllm.quantize.codebooks import Codebook, normal_float, read_codebook
@@ -26,6 +26,7 @@ from flute_vllm.quantize.structure import Selection, fused_groups, select_module
 from flute_vllm.quantize.tensor import QuantizedTensor, quantize_tensor
 from flute_vllm.schema import FluteQuantizationConfig, Override, module_matches
 from flute_vllm.validate import FOREIGN_CONFIG
+from flute_vllm.writer import AtomicFolder, Layout, layout_nbytes
 
 logger = logging.getLogger(__name__)
 
