@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from flute_vllm.errors import FluteError
 
@@ -236,8 +236,15 @@ class Checkpoint:
                 why=f"none of the {len(self.files)} weight files holds it",
                 fix="download the checkpoint again",
             )  # fmt: skip
-        with safe_open(info.file, framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise FluteError(
+                "cannot read a weight", where=f"{info.file}: {name}",
+                why=f"{type(error).__name__}: {error}; its header could be read before",
+                fix="put the file back, then run the same command again",
+            ) from error  # fmt: skip
 
     def iter_files(self) -> Iterator[tuple[Path, list[str]]]:
         """Each weight file with the names in it."""

@@ -48,10 +48,13 @@ class AtomicFolder:
             (self.partial / MARKER).touch()
         return self
 
+    def is_leftover(self) -> bool:
+        """Whether the partial folder is one that an interrupted run of ours left."""
+        return not self.partial.is_symlink() and (self.partial / MARKER).is_file()
+
     def _remove_leftover(self) -> None:
         """Removes what an interrupted run left, and nothing else."""
-        is_ours = not self.partial.is_symlink() and (self.partial / MARKER).is_file()
-        if not is_ours:
+        if not self.is_leftover():
             raise FluteError(
                 "temporary output exists", where=str(self.partial),
                 why=f"the output is written there first, and it holds no {MARKER}, so an "
@@ -77,14 +80,24 @@ class AtomicFolder:
 
     @contextmanager
     def shard(self, name: str, layout: Layout) -> Iterator[ShardWriter]:
-        """A weight file whose tensors are written one by one; see :class:`ShardWriter`."""
-        path = self.partial / name
+        """A weight file whose tensors are written one by one; see :class:`ShardWriter`.
+
+        It has its name only when it is complete and on disk.
+        """
+        path = self.partial / f"{name}.unfinished"
         with writing(path):
             file = path.open("wb", buffering=0)
         with file:
-            writer = ShardWriter(path, file, layout)
+            writer = ShardWriter(self.partial / name, file, layout)
             yield writer
             writer.finish()
+        with writing(self.partial / name):
+            os.rename(path, self.partial / name)
+            fsync(self.partial)
+        self.count_shard(name, layout)
+
+    def count_shard(self, name: str, layout: Layout) -> None:
+        """Takes a complete weight file into the index."""
         self._weight_map.update(dict.fromkeys(layout, name))
         self._total += layout_nbytes(layout)
 
@@ -109,25 +122,35 @@ class AtomicFolder:
             ):
                 with writing(self.partial / file.name):
                     shutil.copyfile(file, self.partial / file.name)
-                    _fsync(self.partial / file.name)
+                    fsync(self.partial / file.name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
         path = self.partial / name
         with writing(path):
-            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            _fsync(path)
+            path.write_text(text, encoding="utf-8")
+            fsync(path)
 
     def commit(self, config: dict[str, Any]) -> Path:
         """Writes index and config.json, then renames the folder into place."""
+        self.write_index_and_config(config)
+        return self.publish()
+
+    def write_index_and_config(self, config: dict[str, Any]) -> None:
         if set(self._weight_map.values()) - {"model.safetensors"}:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
             self.write_json(INDEX_NAME, index)
         self.write_json("config.json", config)
+
+    def publish(self) -> Path:
+        """Takes the marker away and gives the folder its name."""
         with writing(self.out):
             (self.partial / MARKER).unlink()
-            _fsync(self.partial)
+            fsync(self.partial)
             os.rename(self.partial, self.out)
-            _fsync(self.out.parent)
+            fsync(self.out.parent)
         return self.out
 
 
@@ -142,21 +165,8 @@ class ShardWriter:
     def __init__(self, path: Path, file: FileIO, layout: Layout) -> None:
         self._path, self._file, self._layout = path, file, layout
         self._missing = set(layout)
-        ordered = sorted(layout, key=lambda name: -layout[name][1].itemsize)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        begin = 0
-        for name in ordered:
-            shape, dtype = layout[name]
-            end = begin + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
-            }  # fmt: skip
-            begin = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        start = 8 + len(encoded)
-        self._write_at(0, struct.pack("<Q", len(encoded)) + encoded)
-        self._offsets = {name: start + header[name]["data_offsets"][0] for name in ordered}
+        header, self._offsets = _header(layout)
+        self._write_at(0, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Stores one tensor; its shape and dtype must be those of the layout."""
@@ -192,6 +202,30 @@ class ShardWriter:
             os.fsync(self._file.fileno())
 
 
+def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+    """The bytes in front of the data, and where in the file each tensor begins."""
+    ordered = sorted(layout, key=lambda name: -layout[name][1].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in ordered:
+        shape, dtype = layout[name]
+        end = begin + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+        begin = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    offsets = {name: start + header[name]["data_offsets"][0] for name in ordered}
+    return struct.pack("<Q", len(encoded)) + encoded, offsets
+
+
+def file_nbytes(layout: Layout) -> int:
+    """Bytes of a weight file, header included."""
+    return len(_header(layout)[0]) + layout_nbytes(layout)
+
+
 def layout_nbytes(layout: Layout) -> int:
     """Bytes of the data of a weight file, without its header."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
@@ -210,7 +244,8 @@ def writing(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,6 +23,7 @@ from flute_vllm.quantize.codebooks import (
     read_codebook,
 )
 from flute_vllm.quantize.model import QuantizeSettings, plan_checkpoint, quantize_checkpoint
+from flute_vllm.quantize.state import BLOCK_WEIGHTS
 from flute_vllm.quantize.tensor import quantize_tensor
 from flute_vllm.validate import validate_checkpoint
 
@@ -151,7 +152,7 @@ def test_zero_groups():
 def test_blocks_do_not_change_the_result(monkeypatch):
     weight, spec = gaussian(40, 256), LayerSpec(3, 64)
     whole = quantize_tensor(weight, spec, normal_float(3).values)
-    monkeypatch.setattr("flute_vllm.quantize.tensor._BLOCK_WEIGHTS", 3 * 256)
+    monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 3 * 256)
     parts = quantize_tensor(weight, spec, normal_float(3).values)
     assert torch.equal(whole.qweight, parts.qweight)
     assert torch.equal(whole.scales, parts.scales)
