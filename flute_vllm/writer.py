@@ -37,8 +37,7 @@ class AtomicFolder:
                 fix="remove it, or choose another output path",
             )  # fmt: skip
         self.partial = self.out.with_name(self.out.name + ".partial")
-        self._weight_map: dict[str, str] = {}
-        self._total = 0
+        self._shards: dict[str, Layout] = {}
 
     def __enter__(self) -> AtomicFolder:
         if self.partial.exists() or self.partial.is_symlink():
@@ -98,8 +97,7 @@ class AtomicFolder:
 
     def count_shard(self, name: str, layout: Layout) -> None:
         """Takes a complete weight file into the index."""
-        self._weight_map.update(dict.fromkeys(layout, name))
-        self._total += layout_nbytes(layout)
+        self._shards[name] = layout
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """One weight file from tensors in memory."""
@@ -139,8 +137,13 @@ class AtomicFolder:
         return self.publish()
 
     def write_index_and_config(self, config: dict[str, Any]) -> None:
-        if set(self._weight_map.values()) - {"model.safetensors"}:
-            index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
+        """What makes the folder a checkpoint; files in the order of their names."""
+        if set(self._shards) - {"model.safetensors"}:
+            files = sorted(self._shards.items())
+            index = {
+                "metadata": {"total_size": sum(layout_nbytes(layout) for _, layout in files)},
+                "weight_map": {tensor: file for file, layout in files for tensor in layout},
+            }
             self.write_json(INDEX_NAME, index)
         self.write_json("config.json", config)
 

@@ -23,7 +23,8 @@ from flute_vllm.errors import FluteError
 from flute_vllm.evaluate import read_texts
 from flute_vllm.info import describe
 from flute_vllm.quantize.codebooks import read_codebook
-from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint
+from flute_vllm.quantize.model import quantize_checkpoint
+from flute_vllm.quantize.plan import QuantizeSettings
 from flute_vllm.validate import validate_checkpoint
 
 WEIGHTS = "model.safetensors"

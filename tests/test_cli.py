@@ -69,8 +69,8 @@ def test_help_loads_nothing_heavy():
 
 def test_quantize_options(dense_folder, tmp_path):
     result = run(
-        "quantize", dense_folder, tmp_path / "out", "--bits", 2, "--group-size", -1, "--scale",
-        "absmax", "--scale-dtype", "float16", "--skip", "o_proj", "--skip", "down_proj",
+        "quantize", dense_folder, tmp_path / "out", "--bits", 2, "--group-size", -1, "--recipe",
+        "nf", "--scale-dtype", "float16", "--skip", "o_proj", "--skip", "down_proj",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     config = validate_checkpoint(Checkpoint(tmp_path / "out"))
@@ -84,7 +84,7 @@ def test_quantize_with_a_pair_table(dense_folder, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps(table))
     result = run(
         "quantize", dense_folder, tmp_path / "out", "--bits", 2, "--table",
-        tmp_path / "table.json", "--override", "down_proj=4", "--scale", "absmax",
+        tmp_path / "table.json", "--override", "down_proj=4", "--recipe", "nf",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     checkpoint = Checkpoint(tmp_path / "out")
@@ -162,7 +162,7 @@ def test_failure_is_a_message_and_exit_code_1(native_folder, dense_folder, tmp_p
         ("quantize", "a", "b", "--bits", "5"),
         ("quantize", "a", "b", "--bits", "four"),
         ("quantize", "a", "b", "--group-size", "48"),
-        ("quantize", "a", "b", "--scale", "best"),
+        ("quantize", "a", "b", "--scale-dtype", "float64"),
         ("quantize", "a", "b", "--override", "down_proj"),
         ("quantize", "a", "b", "--override", "down_proj=5"),
         ("quantize", "a", "b", "--unknown"),
@@ -201,7 +201,7 @@ def test_eval(native_folder, tmp_path, monkeypatch):
 
 
 def test_interrupted_process(dense_folder, tmp_path):
-    """Ctrl-C at work: exit code 130 and no folder, not even a partial one."""
+    """Ctrl-C at work: exit code 130, no finished folder, and what to do next."""
     big = write_tiny_model(
         tmp_path / "dense", "llama", hidden_size=1024, intermediate_size=8192, head_dim=256
     )
@@ -214,7 +214,8 @@ def test_interrupted_process(dense_folder, tmp_path):
     assert child.returncode == 130, stderr
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+    assert "the same command goes on" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_process_end_to_end(dense_folder, tmp_path):

@@ -22,7 +22,8 @@ from flute_vllm.quantize.codebooks import (
     normal_float_construction,
     read_codebook,
 )
-from flute_vllm.quantize.model import QuantizeSettings, plan_checkpoint, quantize_checkpoint
+from flute_vllm.quantize.model import quantize_checkpoint
+from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
 from flute_vllm.quantize.state import BLOCK_WEIGHTS
 from flute_vllm.quantize.tensor import quantize_tensor
 from flute_vllm.validate import validate_checkpoint
