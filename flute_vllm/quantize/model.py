@@ -19,12 +19,13 @@ import torch
 from flute_vllm import __version__
 from flute_vllm.checkpoint import Checkpoint, read_json
 from flute_vllm.errors import FluteError
-from flute_vllm.quantize.journal import JournalFolder, source_fingerprint
+from flute_vllm.quantize.journal import SCRATCH, JournalFolder, source_fingerprint
+from flute_vllm.quantize.learned import load_or_train, train_scales, with_scales
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit, plan_checkpoint
 from flute_vllm.quantize.recipes import Trace, run_recipe
 from flute_vllm.quantize.report import ModuleReport, make_card, make_report
 from flute_vllm.quantize.state import State, Statistics, relative_error
-from flute_vllm.quantize.stream import ActivationStream
+from flute_vllm.quantize.stream import ActivationStream, open_windows
 from flute_vllm.quantize.tensor import load_group, start_state
 from flute_vllm.writer import ShardWriter, file_nbytes
 
@@ -33,10 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Called with progress: the plan; units that an earlier run did; a module just done."""
+    """Called with progress: the plan; units that an earlier run did; a training step (its
+    number, of how many, the loss); a module just done."""
 
     on_plan: Callable[[Plan], None] = lambda plan: None
     on_resume: Callable[[Plan, list[str]], None] = lambda plan, units: None
+    on_training: Callable[[int, int, float], None] = lambda step, steps, loss: None
     on_module: Callable[[ModuleReport, Unit], None] = lambda report, unit: None
 
 
@@ -66,8 +69,11 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(source)
     device = choose_device(settings.device)
     plan = plan_checkpoint(checkpoint, settings)
-    stream = ActivationStream.open(checkpoint, plan, settings, device)
-    calibration = None if stream is None else stream.origin
+    windows = open_windows(checkpoint, plan, settings)
+    calibration = None if windows is None else windows.origin
+    stream = None
+    if windows is not None and plan.recipe.needs == "activations":
+        stream = ActivationStream(checkpoint, plan, windows, device)
     fingerprint = {
         **settings.to_json(),
         "device": device.type,
@@ -83,15 +89,24 @@ def quantize_checkpoint(
     for note in plan.notes:
         logger.warning("%s", note)
     callbacks.on_plan(plan)
+    trained: dict[str, torch.Tensor] = {}
     with folder:
         left = [unit for unit in plan.units if unit.name not in folder.done]
         if folder.done:
             callbacks.on_resume(plan, list(folder.done))
         folder.reserve(sum(file_nbytes(unit.layout) for unit in left))
+        if windows is not None and plan.recipe.training is not None and left:
+            trained = load_or_train(
+                folder.partial / f"{SCRATCH}scales.safetensors",
+                lambda: train_scales(
+                    checkpoint.folder, plan, windows, plan.recipe.training, device,
+                    callbacks.on_training,
+                ),
+            )  # fmt: skip
         if stream is not None:
             stream.start(folder.partial, [unit.name for unit in plan.units], left)
         for unit in left:
-            reports = _make_unit(unit, folder, checkpoint, plan, stream, device, callbacks)
+            reports = _make_unit(unit, folder, checkpoint, plan, stream, trained, device, callbacks)
             folder.record(unit.name, unit.file, modules=[asdict(report) for report in reports])
             if stream is not None:
                 stream.forget_before(unit.name)
@@ -113,6 +128,7 @@ def _make_unit(
     checkpoint: Checkpoint,
     plan: Plan,
     stream: ActivationStream | None,
+    trained: dict[str, torch.Tensor],
     device: torch.device,
     callbacks: Callbacks,
 ) -> list[ModuleReport]:
@@ -125,7 +141,8 @@ def _make_unit(
         statistics: Statistics,
         target: torch.Tensor | None,
     ) -> State:
-        state, found = _quantize_group(group, weight, statistics, target, plan, checkpoint)
+        scales = torch.cat([trained[module] for module in group]) if trained else None
+        state, found = _quantize_group(group, weight, statistics, target, scales, plan, checkpoint)
         _write_group(shard, group, state, checkpoint)
         for report in found:
             reports.append(report)
@@ -151,6 +168,7 @@ def _quantize_group(
     weight: torch.Tensor,
     statistics: Statistics,
     target: torch.Tensor | None,
+    scales: torch.Tensor | None,
     plan: Plan,
     checkpoint: Checkpoint,
 ) -> tuple[State, list[ModuleReport]]:
@@ -159,7 +177,10 @@ def _quantize_group(
     spec = plan.specs[group[0]]
     codebook = plan.codebooks[spec.bits]
     start = start_state(spec, codebook.values.to(weight.device), codebook.is_fixed, group[0])
-    state, traces = run_recipe(plan.recipe, aim, statistics, start)
+    if scales is None:
+        state, traces = run_recipe(plan.recipe, aim, statistics, start)
+    else:  # trained for the loss of the model, so no error of a layer may overrule them
+        state, traces = with_scales(weight, statistics, start, scales), []
     reports = []
     for module, rows in _rows(group, checkpoint):
         error = relative_error(weight, state, None, rows)

@@ -35,7 +35,9 @@ class ProgressBar:
         self._task = self._progress.add_task("reading headers", total=None, error="")
         self._errors: dict[str, list[float]] = {}
         self._unit_errors: list[float] = []
-        self.callbacks = Callbacks(self._on_plan, self._on_resume, self._on_module)
+        self.callbacks = Callbacks(
+            self._on_plan, self._on_resume, self._on_training, self._on_module
+        )
 
     def __enter__(self) -> ProgressBar:
         self._progress.__enter__()
@@ -57,6 +59,11 @@ class ProgressBar:
         )
         # Not an advance: the speed, and with it the ETA, is that of this run.
         self._progress.update(self._task, completed=weights)
+
+    def _on_training(self, step: int, steps: int, loss: float) -> None:
+        self._progress.update(
+            self._task, description=f"training scales {step}/{steps}", error=f"loss {loss:.3f}"
+        )
 
     def _on_module(self, report: ModuleReport, unit: Unit) -> None:
         number = 1 + self._units.index(unit)

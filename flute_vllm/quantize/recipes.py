@@ -44,6 +44,15 @@ class Calibration(BaseModel):
     heldout_share: float = Field(default=0.125, gt=0, lt=1)
 
 
+class Training(BaseModel):
+    """How scales are trained: Adam's rate, and how often each window is seen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: float = Field(default=1e-4, gt=0)
+    epochs: int = Field(default=1, ge=1)
+
+
 class Recipe(BaseModel):
     """One file of ``configs/recipes``.
 
@@ -56,9 +65,10 @@ class Recipe(BaseModel):
 
     name: str
     summary: str
-    needs: Literal["nothing", "activations"]
+    needs: Literal["nothing", "activations", "gradients"]
     steps: tuple[dict[str, Any], ...]
     calibration: Calibration = Calibration()
+    training: Training | None = None
     propagation: Literal["block", "sequential"] = "block"
 
 

@@ -40,31 +40,9 @@ class ActivationStream:
         self, checkpoint: Checkpoint, plan: Plan, windows: Windows, device: torch.device
     ) -> None:
         self.checkpoint, self.plan, self.windows, self.device = checkpoint, plan, windows, device
-        self.origin = windows.origin
         self.is_sequential = plan.recipe.propagation == "sequential"
         self._names: list[str] = []
         self._next = 0
-
-    @classmethod
-    def open(
-        cls, checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings, device: torch.device
-    ) -> ActivationStream | None:
-        """None for a recipe without activations, or, with a warning, for ``--calib none``."""
-        if plan.recipe.needs == "nothing":
-            return None
-        if settings.calib == NONE:
-            logger.warning(
-                "flute: recipe %s runs without calibration (--calib none): only its data-free "
-                "steps are left, which is recipe fast", plan.recipe.name,
-            )  # fmt: skip
-            return None
-        wanted = plan.recipe.calibration.model_copy(
-            update={k: v for k in ("samples", "length") if (v := getattr(settings, k)) is not None}
-        )
-        text = checkpoint.config.get("text_config", checkpoint.config)
-        longest = text.get("max_position_embeddings")
-        windows = cut(checkpoint, settings.calib, wanted, longest, settings.seed)
-        return cls(checkpoint, plan, windows, device)
 
     def start(self, folder: Path, names: Sequence[str], left: Sequence[Unit]) -> None:
         """Runs the embeddings, or takes up the activations that an earlier run left."""
@@ -161,3 +139,21 @@ class ActivationStream:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{SCRATCH}{index:05}.safetensors"
+
+
+def open_windows(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings) -> Windows | None:
+    """The calibration windows of a run; None for a recipe without data or, warned of, no text."""
+    if plan.recipe.needs == "nothing":
+        return None
+    if settings.calib == NONE:
+        logger.warning(
+            "flute: recipe %s runs without calibration (--calib none): only its data-free steps "
+            "are left", plan.recipe.name,
+        )  # fmt: skip
+        return None
+    wanted = plan.recipe.calibration.model_copy(
+        update={k: v for k in ("samples", "length") if (v := getattr(settings, k)) is not None}
+    )
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    longest = text.get("max_position_embeddings")
+    return cut(checkpoint, settings.calib, wanted, longest, settings.seed)
