@@ -22,6 +22,8 @@ from flute_vllm.errors import FluteError, format_size
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from flute_vllm.evaluate import PerplexityResult
+
 
 GROUP_SIZES = (32, 64, 128, 256, -1)
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
@@ -211,14 +213,25 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of one forward pass.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 1,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to compute; vLLM decides itself.")] = "cpu",
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="transformers: float32, the format; vllm: as it is served."),
+    ] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on texts, through transformers and the dense twin."""
+    """Measure perplexity on texts; with a reference, KL divergence and top-1 agreement."""
     from flute_vllm.checkpoint import resolve_source
     from flute_vllm.evaluate import load_model, perplexity, read_texts
 
     contents = read_texts(texts)
+    if engine == "vllm":
+        if reference is not None:
+            raise typer.BadParameter("--reference needs --engine transformers")
+        from flute_vllm.evaluate_vllm import perplexity_vllm
+
+        _print_evaluation(model, perplexity_vllm(resolve_source(model), contents, window), as_json)
+        return
     network, tokenizer = load_model(resolve_source(model), device=device)
     other = None
     if reference is not None:
@@ -226,6 +239,10 @@ def evaluate(
     result = perplexity(
         network, tokenizer, contents, window=window, batch_size=batch_size, reference=other
     )
+    _print_evaluation(model, result, as_json)
+
+
+def _print_evaluation(model: str, result: PerplexityResult, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"model": model, "perplexity": result.ppl, **result.to_json()}, indent=2))
         return

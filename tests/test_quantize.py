@@ -187,7 +187,7 @@ def test_rejects_what_it_cannot_quantize():
 # --- which modules -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"mixtral"}))
 def test_decoder_linears_are_found(architecture, tmp_path):
     checkpoint = Checkpoint(write_tiny_model(tmp_path / "dense", architecture))
     plan = plan_checkpoint(checkpoint, QuantizeSettings())

@@ -6,13 +6,17 @@ process. Float32, greedy.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
-from engine import run_jobs  # noqa: E402
+from engine import LIGHT_ENVIRONMENT, run_jobs  # noqa: E402
 from tiny_models import PROMPTS, greedy_with_transformers, write_tiny_model  # noqa: E402
 
 from flute_vllm.checkpoint import Checkpoint  # noqa: E402
@@ -23,7 +27,8 @@ from flute_vllm.validate import validate_checkpoint  # noqa: E402
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-MODEL = Path(__file__).resolve().parents[1] / "examples" / "stdlib_model" / "model"
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "examples" / "stdlib_model" / "model"
 FAMILIES = ("llama", "gemma2", "gemma3", "qwen2", "qwen3", "mistral", "phi3", "mixtral")
 CALIBRATED = {"samples": 4, "length": 64}
 CASES: dict[str, tuple[str, QuantizeSettings]] = {
@@ -78,3 +83,26 @@ def test_experts_stay_dense_and_attention_does_not(folders):
     assert any(".experts." in name for name in checkpoint.tensors)
     assert not any("experts" in name and "qweight" in name for name in checkpoint.tensors)
     assert config.is_skipped("model.layers.0.block_sparse_moe.experts.0.w1")
+
+
+def test_perplexity_through_vllm_is_that_of_transformers(tmp_path):
+    """The same windows; float32 on both sides. In a process of its own, as engines are."""
+    quantize_checkpoint(MODEL, tmp_path / "out", QuantizeSettings(bits=3, recipe="nf"))
+    text = tmp_path / "text.py"
+    text.write_text(Path(shutil.__file__).read_text()[:6000])
+    found = {}
+    for engine in ("transformers", "vllm"):
+        command = [
+            sys.executable, "-m", "flute_vllm.cli", "eval", str(tmp_path / "out"), str(text),
+            "--window", "256", "--engine", engine, "--json",
+        ]  # fmt: skip
+        environment = {**os.environ, **LIGHT_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[engine] = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["vllm"]["tokens"] == found["transformers"]["tokens"]
+    # vLLM computes in the model's bfloat16, transformers in float32.
+    assert found["vllm"]["perplexity"] == pytest.approx(
+        found["transformers"]["perplexity"], rel=0.02
+    )

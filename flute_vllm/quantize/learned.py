@@ -98,7 +98,7 @@ def train_scales(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            on_step(step + 1, steps, float(loss))
+            on_step(step + 1, steps, float(loss.detach()))
     except torch.OutOfMemoryError as error:
         raise FluteError(
             "not enough GPU memory to train scales", where=str(device),

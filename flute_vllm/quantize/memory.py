@@ -36,25 +36,52 @@ def memory_parts(
         checkpoint, plan, settings: of the run.
         device: "cpu" or "cuda".
     """
-    groups = [group for unit in plan.units for group in unit.groups]
-    rows, columns = max((_shape(plan, g) for g in groups), key=lambda shape: shape[0] * shape[1])
-    largest = rows * columns
-    width = plan.recipe.needs != "nothing" and settings.calib != "none"
     copied = max(checkpoint.tensors[n].nbytes for unit in plan.units for n in unit.copied)
-    parts = [
-        Part(f"largest tensor, read to be copied or quantized ({copied:,} bytes)", copied, False),
-        Part(f"largest fused group, {rows} x {columns}, 16 bits and codes", 3 * largest, True),
-        Part("blocks of rows of the scale search",
-             _TEMPORARIES * 4 * BLOCK_WEIGHTS[device], True),
-    ]  # fmt: skip
-    if not width:
-        return parts
-    return parts + _calibrated_parts(checkpoint, plan, settings, largest)
+    groups = [_shape(plan, group) for unit in plan.units for group in unit.groups]
+    temporaries = _TEMPORARIES * 4 * BLOCK_WEIGHTS[device]
+    read = Part("largest tensor that is only copied", copied, False)
+    if plan.recipe.needs == "nothing" or settings.calib == "none":
+        rows, columns = max(groups, key=lambda shape: shape[0] * shape[1])
+        return [
+            read,
+            Part(f"largest fused group, {rows} x {columns}: 16 bits and codes",
+                 3 * rows * columns, True),
+            Part("blocks of rows of the scale search", temporaries, True),
+        ]  # fmt: skip
+    if plan.recipe.needs == "gradients":
+        return [read, *_trained_parts(checkpoint, plan)]
+    rows, columns = max(groups, key=lambda shape: _group_peak(*shape, temporaries))
+    peak = Part(
+        f"largest group, {rows} x {columns}: weights, codes, moments, factors of the Hessian",
+        _group_peak(rows, columns, temporaries), True,
+    )  # fmt: skip
+    return [read, peak, *_calibrated_parts(checkpoint, plan, settings)]
 
 
-def _calibrated_parts(
-    checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings, largest: int
-) -> list[Part]:
+def _group_peak(rows: int, columns: int, temporaries: int) -> int:
+    """Bytes of the phase that needs most: search, error feedback, or descent and refits.
+
+    A moment has 4 columns**2 bytes, of which two are always there; weight and codes take 3 bytes
+    a weight, each float32 copy 4.
+    """
+    square, weights = columns**2, rows * columns
+    search = 8 * square + 3 * weights + temporaries
+    feedback = 20 * square + 9 * weights  # permuted, factor, inverse; the remainder in float32
+    descent = 12 * square + 15 * weights + 8 * SYSTEM_VALUES
+    return max(search, feedback, descent)
+
+
+def _trained_parts(checkpoint: Checkpoint, plan: Plan) -> list[Part]:
+    layouts = (spec.num_groups(plan.shapes[m][1]) * plan.shapes[m][0] for m, spec in
+               plan.specs.items())  # fmt: skip
+    scales = sum(layouts)
+    return [
+        Part("whole model, 16 bits", checkpoint.nbytes, True),
+        Part("scales with Adam's state, float32", 16 * scales, True),
+    ]
+
+
+def _calibrated_parts(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings) -> list[Part]:
     is_sequential = plan.recipe.propagation == "sequential"
     samples = settings.samples or plan.recipe.calibration.samples
     length = settings.length or plan.recipe.calibration.length
@@ -72,9 +99,6 @@ def _calibrated_parts(
         Part(f"activations, {samples} x {length} x {hidden}", (paths + 1) * activations, False),
         Part("second moments of the inputs, float32", 4 * held, False),
         Part("decoder block" + (", twice" if is_sequential else ""), paths * block, True),
-        Part(f"Hessian of {widest} features: two moments, inverse, factors", 20 * widest**2, True),
-        Part("largest group in float32: weights, remainder, values", 12 * largest, True),
-        Part("systems of the scale refit", 8 * SYSTEM_VALUES, True),
     ]
 
 

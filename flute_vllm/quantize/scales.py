@@ -16,8 +16,8 @@ from flute_vllm.errors import FluteError
 SCALE_METHODS = ("search", "absmax")
 # Fractions of the absmax scale that the search tries. NF tables at 4 bits and groups of 64 are
 # best near 0.9, at 2 bits near 0.5 (a fixed table spends its two ends on rare values).
-SHRINK_FACTORS = (0.42, 0.54, 0.66, 0.77, 0.87, 0.97)
-NEARBY = (0.95, 1.0, 1.05)  # around the best of them, for a second look
+SHRINK_FACTORS = (0.45, 0.58, 0.70, 0.79, 0.87, 0.94, 1.0)
+NEARBY = (0.94, 0.97, 1.0, 1.03, 1.06)  # around the best of them, for a second look
 SMALLEST_SCALE = 1e-30  # below, inverses overflow float32: such a group keeps its absmax scale
 _BINS = 4096  # resolution of the approximate lookup that scores candidates
 
