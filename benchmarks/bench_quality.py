@@ -44,6 +44,13 @@ LIMITS = {
 }  # fmt: skip
 
 
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown: not a git checkout"
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="fewer calibration windows, for a trial run")
     parser.add_argument("--files", type=int, help="of the held-out files, for a trial run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", default=commit(), help="where there is no git checkout")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after this")
     return parser.parse_args()
 
@@ -66,13 +74,6 @@ def machine(device: str) -> str:
     if device == "cpu":
         return "cpu"
     return torch.cuda.get_device_name(device).rpartition(" ")[2].lower()
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown: not a git checkout"
 
 
 class Measure:
@@ -161,7 +162,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in ruler.reference.parameters()),
         "tokens": ruler.dense.tokens, "dense_ppl": round(ruler.dense.ppl, 5),
         "protocol": ruler.dense.protocol, "heldout_files_changed": ruler.changed,
-        "commit": commit(), "torch": torch.__version__, "device": options.device,
+        "commit": options.commit, "torch": torch.__version__, "device": options.device,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     if out.is_file():

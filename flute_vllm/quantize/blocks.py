@@ -47,7 +47,6 @@ class BlockRunner:
         wide = device.type == "cpu" or stored == {torch.float32}
         self.dtype = torch.float32 if wide else narrow
         self._arguments: list[dict[str, Any]] = []
-        self._gives_tuple = False
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -102,7 +101,7 @@ class BlockRunner:
         """A block with its weights on the device, as a copy that may be changed; freed after."""
         block = self.blocks[index]
         names = [f"{self.stack}.{index}.{name}" for name, _ in block.named_parameters()]
-        loaded = copy.copy(block) if not names else copy.deepcopy(block)
+        loaded = copy.deepcopy(block)  # of names and shapes: its weights are on meta
         start = len(f"{self.stack}.{index}.")
         self._fill(loaded, {name[start:]: self._load(name) for name in names})
         for name, buffer in loaded.named_buffers():

@@ -100,8 +100,8 @@ def _improve(
 ) -> torch.Tensor:
     """Rounds of scales for the table, codes for both, then the table of least squares.
 
-    The best scale of either sign is followed, as one that only follows the table keeps its sign,
-    which costs a quarter of what learning gains.
+    The best scale of either sign is followed: a scale that only follows the table keeps its sign,
+    and the table then never becomes as asymmetric as it should.
     """
     start = absmax_scales(groups, Quantizer(table, bits))
     followed = [

@@ -123,8 +123,7 @@ def searched_scales(
     once more. A coarse grid is enough because s moves off it.
 
     A table that is not symmetric is tried with negative scales too: each group then has its
-    largest weight on the side where the table reaches further, which costs no bit. On Gaussian
-    weights in groups of 64 that is 5 to 7 % of the error.
+    largest weight on the side where the table reaches further, which costs no bit.
 
     Args:
         weights: float32 [R, g].
