@@ -17,7 +17,7 @@ from flute_vllm.quantize.lloyd import learn_pairs, learn_table
 from flute_vllm.quantize.recipes import load_recipe, recipe_names, run_recipe
 from flute_vllm.quantize.refit import refit_scales, refit_table
 from flute_vllm.quantize.rounding import absmax, search
-from flute_vllm.quantize.state import State, Statistics, relative_error
+from flute_vllm.quantize.state import State, Statistics, relative_error, sum_by_index
 from flute_vllm.quantize.tensor import start_state
 
 NOTHING = Statistics()
@@ -228,3 +228,11 @@ def test_bad_recipes_are_refused(document, told, tmp_path):
     with pytest.raises(FluteError, match="unusable recipe") as caught:
         load_recipe(str(tmp_path / "x.json"))
     assert told in caught.value.why
+
+
+def test_sums_by_index():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    index = torch.randint(0, 7, (1000,), generator=torch.Generator().manual_seed(1))
+    found = sum_by_index(values, index, 8)
+    expected = [float(values[index == place].double().sum()) for place in range(8)]
+    assert found.tolist() == pytest.approx(expected)

@@ -18,7 +18,7 @@ from flute_vllm.quantize.scales import (
     best_scales,
     searched_scales,
 )
-from flute_vllm.quantize.state import State, Statistics
+from flute_vllm.quantize.state import State, Statistics, sum_by_index
 
 SAMPLED_WEIGHTS = 1 << 18  # enough for the 16 values of a table
 SAMPLED_FOR_PAIRS = 1 << 19  # up to 256 pairs
@@ -139,12 +139,8 @@ def _centroids(
         entry = (index[:, 0::2] << quantizer.bits | index[:, 1::2]).reshape(-1)
         index = torch.stack((2 * entry, 2 * entry + 1), 1)
     flat = index.reshape(-1)
-    size = table.numel()
-    # bincount adds in a fixed order on a CPU; float64 makes the order on a GPU matter less.
-    above = torch.zeros(size, dtype=torch.float64, device=table.device)
-    below = above.clone()
-    above.index_add_(0, flat, products.reshape(-1).double())
-    below.index_add_(0, flat, norms.reshape(-1).double())
+    above = sum_by_index(products.reshape(-1), flat, table.numel())
+    below = sum_by_index(norms.reshape(-1), flat, table.numel())
     values = torch.where(below > 0, above / below.clamp_min(1e-300), table.reshape(-1).double())
     return values.float().view(table.shape)
 

@@ -10,7 +10,7 @@ import torch
 
 from flute_vllm.quantize.feedback import damped
 from flute_vllm.quantize.scales import round_scales
-from flute_vllm.quantize.state import State, Statistics
+from flute_vllm.quantize.state import State, Statistics, sum_by_index
 
 ROWS_FOR_TABLE = 512  # of all rows; 16 values are sure enough from 512 rows of any width
 SYSTEM_VALUES = 1 << 26  # of the batched systems of refit_scales: 256 MiB
@@ -81,8 +81,8 @@ def refit_table(
     for value in range(size):
         marked = torch.where(codes == value, scales, 0.0)
         right[value] = (marked * wanted).sum(dtype=torch.float64)
-        spread = ((marked @ hessian) * scales).reshape(-1).double()
-        system[value] = torch.zeros_like(right).index_add_(0, flat, spread)
+        spread = ((marked @ hessian) * scales).reshape(-1)
+        system[value] = sum_by_index(spread, flat, size)
     # Codes that no weight uses keep their value.
     unused = system.diagonal() <= 0
     system.diagonal().add_(system.diagonal().mean() * 1e-9)

@@ -94,6 +94,20 @@ def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(first, min(first + step, weight.shape[0]))
 
 
+def sum_by_index(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """float64 [size]: sums of the values that have each index, in an order that never changes.
+
+    On a GPU index_add_ adds in the order in which threads arrive, and a resumed run must give the
+    same bytes; sizes are at most 512, so a pass for each index is cheap there.
+    """
+    if values.device.type == "cpu":
+        sums = torch.zeros(size, dtype=torch.float64)
+        return sums.index_add_(0, index, values.double())
+    parts = [torch.where(index == place, values, 0.0).sum(dtype=torch.float64)
+             for place in range(size)]  # fmt: skip
+    return torch.stack(parts)
+
+
 def relative_error(
     weight: torch.Tensor,
     state: State,
