@@ -1,12 +1,15 @@
 """flute_vllm: serve LUT-quantized language models with vLLM.
 
 Importing the package is cheap: no torch, no vLLM, no compiled code. vLLM calls
-:func:`register` in each of its processes through the ``vllm.general_plugins`` entry point.
+:func:`register` in each of its processes through the ``vllm.general_plugins`` entry point;
+transformers finds the quantizer ``flute`` once this package was imported.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from flute_vllm.hf import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -20,6 +23,9 @@ _LAZY = {
     "gemm": "flute_vllm.ops",
 }
 __all__ = [*_LAZY, "register", "__version__"]
+
+
+register_when_imported()
 
 
 def register() -> None:

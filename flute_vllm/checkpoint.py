@@ -1,20 +1,16 @@
-"""Checkpoint folders: header-only reading with checks, and atomic writing file by file."""
+"""Reading checkpoint folders: headers only, with checks, then single tensors."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from flute_vllm.errors import FluteError
 
@@ -27,8 +23,7 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -241,8 +236,15 @@ class Checkpoint:
                 why=f"none of the {len(self.files)} weight files holds it",
                 fix="download the checkpoint again",
             )  # fmt: skip
-        with safe_open(info.file, framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise FluteError(
+                "cannot read a weight", where=f"{info.file}: {name}",
+                why=f"{type(error).__name__}: {error}; its header could be read before",
+                fix="put the file back, then run the same command again",
+            ) from error  # fmt: skip
 
     def iter_files(self) -> Iterator[tuple[Path, list[str]]]:
         """Each weight file with the names in it."""
@@ -252,203 +254,3 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
-
-
-MARKER = ".flute-partial"  # tells an unfinished output of ours from a folder of the user
-
-
-class AtomicFolder:
-    """Writes a checkpoint into ``<out>.partial`` and renames it when everything is on disk.
-
-    An interrupted run leaves only the ``.partial`` folder, which has no config.json until the
-    last moment, so that nothing takes it for a checkpoint; the next run replaces it.
-    """
-
-    def __init__(self, out: str | Path) -> None:
-        self.out = Path(out)
-        if self.out.exists() or self.out.is_symlink():
-            raise FluteError(
-                "output exists", where=str(self.out),
-                why="an existing folder is never overwritten",
-                fix="remove it, or choose another output path",
-            )  # fmt: skip
-        self.partial = self.out.with_name(self.out.name + ".partial")
-        self._weight_map: dict[str, str] = {}
-        self._total = 0
-
-    def __enter__(self) -> AtomicFolder:
-        if self.partial.exists() or self.partial.is_symlink():
-            self._remove_leftover()
-        with writing(self.partial):
-            self.partial.mkdir(parents=True)
-            (self.partial / MARKER).touch()
-        return self
-
-    def _remove_leftover(self) -> None:
-        """Removes what an interrupted run left, and nothing else."""
-        is_ours = not self.partial.is_symlink() and (self.partial / MARKER).is_file()
-        if not is_ours:
-            raise FluteError(
-                "temporary output exists", where=str(self.partial),
-                why=f"the output is written there first, and it holds no {MARKER}, so an "
-                "interrupted run did not leave it",
-                fix="move it away, or choose another output path",
-            )  # fmt: skip
-        shutil.rmtree(self.partial)
-
-    def __exit__(self, kind, value, traceback) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def reserve(self, nbytes: int) -> None:
-        """Raises FluteError now if the disk cannot hold ``nbytes`` more, not hours later."""
-        with writing(self.partial):
-            free = shutil.disk_usage(self.partial).free
-        if nbytes > free:
-            raise FluteError(
-                "not enough disk space", where=str(self.out),
-                why=f"the output needs {nbytes:,} bytes, {free:,} are free",
-                fix="free some space, or choose an output path on another disk",
-            )  # fmt: skip
-
-    @contextmanager
-    def shard(self, name: str, layout: Layout) -> Iterator[ShardWriter]:
-        """A weight file whose tensors are written one by one; see :class:`ShardWriter`."""
-        path = self.partial / name
-        with writing(path):
-            file = path.open("wb", buffering=0)
-        with file:
-            writer = ShardWriter(path, file, layout)
-            yield writer
-            writer.finish()
-        self._weight_map.update(dict.fromkeys(layout, name))
-        self._total += layout_nbytes(layout)
-
-    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """One weight file from tensors in memory."""
-        layout = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
-        with self.shard(name, layout) as shard:
-            for key, tensor in tensors.items():
-                shard.write(key, tensor)
-
-    def copy_extras(self, source: Path) -> None:
-        """Copies tokenizer and generation files: all small files that hold no weights."""
-        skip = {"config.json", "flute_config.json", "report.json", INDEX_NAME}
-        suffixes = {".json", ".model", ".txt", ".jinja", ".md", ".tiktoken"}
-        for file in sorted(source.iterdir()):
-            is_index = file.name.endswith(".index.json")
-            if (
-                file.is_file()
-                and file.suffix in suffixes
-                and file.name not in skip
-                and not is_index
-            ):
-                with writing(self.partial / file.name):
-                    shutil.copyfile(file, self.partial / file.name)
-                    _fsync(self.partial / file.name)
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        path = self.partial / name
-        with writing(path):
-            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            _fsync(path)
-
-    def commit(self, config: dict[str, Any]) -> Path:
-        """Writes index and config.json, then renames the folder into place."""
-        if set(self._weight_map.values()) - {"model.safetensors"}:
-            index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
-            self.write_json(INDEX_NAME, index)
-        self.write_json("config.json", config)
-        with writing(self.out):
-            (self.partial / MARKER).unlink()
-            _fsync(self.partial)
-            os.rename(self.partial, self.out)
-            _fsync(self.out.parent)
-        return self.out
-
-
-class ShardWriter:
-    """Writes one safetensors file tensor by tensor, in any order, never holding more than one.
-
-    All shapes are known in advance, so the header comes first and every tensor has its place.
-    Tensors lie in descending order of element size, as the safetensors library writes them:
-    otherwise an odd number of 16-bit values would leave the int32 ones after it unaligned.
-    """
-
-    def __init__(self, path: Path, file: FileIO, layout: Layout) -> None:
-        self._path, self._file, self._layout = path, file, layout
-        self._missing = set(layout)
-        ordered = sorted(layout, key=lambda name: -layout[name][1].itemsize)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        begin = 0
-        for name in ordered:
-            shape, dtype = layout[name]
-            end = begin + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {
-                "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
-            }  # fmt: skip
-            begin = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        start = 8 + len(encoded)
-        self._write_at(0, struct.pack("<Q", len(encoded)) + encoded)
-        self._offsets = {name: start + header[name]["data_offsets"][0] for name in ordered}
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Stores one tensor; its shape and dtype must be those of the layout."""
-        found = (tuple(tensor.shape), tensor.dtype)
-        if name not in self._missing or found != self._layout[name]:
-            raise FluteError(
-                "internal error: unexpected tensor", where=f"{self._path}: {name}",
-                why=f"got {found}, expected {self._layout.get(name)} once",
-                fix="report this with the command that you ran",
-            )  # fmt: skip
-        self._missing.remove(name)
-        if tensor.numel():
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._write_at(self._offsets[name], memoryview(data))
-
-    def _write_at(self, offset: int, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        with writing(self._path):
-            self._file.seek(offset)
-            while view:  # one write call stores at most 2 GiB on Linux
-                view = view[self._file.write(view) :]
-
-    def finish(self) -> None:
-        """Puts the file on disk. Raises FluteError if a tensor of the layout was not written."""
-        if self._missing:
-            raise FluteError(
-                "internal error: tensor not written",
-                where=f"{self._path}: {min(self._missing)}",
-                why=f"{len(self._missing)} of {len(self._layout)} tensors are missing",
-                fix="report this with the command that you ran",
-            )  # fmt: skip
-        with writing(self._path):
-            os.fsync(self._file.fileno())
-
-
-def layout_nbytes(layout: Layout) -> int:
-    """Bytes of the data of a weight file, without its header."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system error into a FluteError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise FluteError(
-            "cannot write the output", where=str(path),
-            why=f"{error.strerror or error} (errno {error.errno})",
-            fix="check free disk space (`df -h`), quota and permissions, then run it again",
-        ) from error  # fmt: skip
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,13 +17,14 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flute_vllm import __version__
-from flute_vllm.errors import FluteError
+from flute_vllm.errors import FluteError, format_size
 from flute_vllm.tools.commands import register as register_tools
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from flute_vllm.quantize.model import ModuleReport, Plan, QuantizeSettings
+    from flute_vllm.evaluate import PerplexityResult
+
 
 GROUP_SIZES = (32, 64, 128, 256, -1)
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
@@ -43,7 +44,7 @@ class _Group(TyperGroup):
             messages.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            messages.print("flute: interrupted, nothing was written", style="red")
+            messages.print("flute: interrupted, no output was written", style="red")
             raise typer.Exit(INTERRUPTED) from error
 
 
@@ -66,6 +67,15 @@ def _group_size(value: int) -> int:
     return value
 
 
+def _refuse_existing(out: Path) -> None:
+    """Before a download: an output that is complete, and not one that a crash left to tidy up."""
+    from flute_vllm.quantize.journal import JOURNAL
+    from flute_vllm.writer import AtomicFolder
+
+    if not (out / JOURNAL).is_file():
+        AtomicFolder(out)
+
+
 def _overrides(values: list[str]) -> dict[str, int]:
     parsed = {}
     for value in values:
@@ -84,10 +94,18 @@ def quantize(
     group_size: Annotated[
         int, typer.Option(callback=_group_size, help="32, 64, 128, 256; -1: a whole row.")
     ] = 64,
-    scale: Annotated[
-        Literal["search", "absmax"],
-        typer.Option(help="search: least squared error; absmax: as FLUTE's NF."),
-    ] = "search",
+    recipe: Annotated[
+        str, typer.Option(help="nf, fast (no data), balanced, best; or a JSON file of steps.")
+    ] = "fast",
+    table: Annotated[
+        str | None, typer.Option(help="nf, int, fp or a JSON file: kept as it is, not learned.")
+    ] = None,
+    calib: Annotated[
+        str, typer.Option(help="Text for balanced and best: bundled, FILE, hf:DATASET, none.")
+    ] = "bundled",
+    samples: Annotated[int | None, typer.Option(min=2, help="Windows of text.")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens of a window.")] = None,
+    seed: Annotated[int, typer.Option(help="Where in the text the windows begin.")] = 0,
     scale_dtype: Annotated[
         Literal["float16", "bfloat16"] | None,
         typer.Option(help="Default: the dtype of the weights; bfloat16 for float32 ones."),
@@ -99,60 +117,59 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Such as 're:.*down_proj=4'. Repeatable."),
     ] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="JSON file with another table than NormalFloat.")
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    ram: Annotated[
+        float | None, typer.Option(help="Host memory allowed, GB; refused beforehand if too small.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an interrupted run left.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished folder.")
+    ] = None,
 ) -> None:
-    """Quantize a dense checkpoint. Needs no data; streams tensor by tensor."""
+    """Quantize a dense checkpoint, one block at a time; run it again to resume."""
     overrides = _overrides(override or [])
-    from flute_vllm.checkpoint import AtomicFolder, Checkpoint, resolve_source
-    from flute_vllm.quantize.model import (
-        QuantizeSettings,
-        plan_checkpoint,
-        quantize_checkpoint,
-    )
+    from flute_vllm.checkpoint import Checkpoint, resolve_source
+    from flute_vllm.quantize.model import quantize_checkpoint
+    from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
+    from flute_vllm.quantize.progress import ProgressBar, check_memory, print_plan, push, summary
 
     settings = QuantizeSettings(
-        bits, group_size, scale, scale_dtype, tuple(skip or ()), overrides, device,
-        None if table is None else str(table),
+        bits=bits, group_size=group_size, recipe=recipe, scale_dtype=scale_dtype,
+        skip=tuple(skip or ()), overrides=overrides, table=table, device=device, calib=calib,
+        samples=samples, length=length, seed=seed,
     )  # fmt: skip
-    AtomicFolder(out)  # refuses an existing output before a download
+    _refuse_existing(out)
     folder = resolve_source(src)
-    if dry_run:
-        _print_plan(plan_checkpoint(Checkpoint(folder), settings), settings)
-        return
-    with _progress() as progress:
-        task = progress.add_task("reading headers", total=None, error="")
-
-        def on_plan(plan: Plan) -> None:
-            _print_plan(plan, settings)
-            total = sum(rows * columns for rows, columns in _quantized_shapes(plan))
-            progress.update(task, total=total, description="quantizing")
-
-        def on_module(report: ModuleReport) -> None:
-            progress.update(
-                task, advance=report.weights, description=escape(report.module),
-                error=f"error {report.error:.2e}",
-            )  # fmt: skip
-
-        report = quantize_checkpoint(folder, out, settings, on_plan, on_module)
-    totals = report["totals"]
-    output.print(
-        f"{escape(str(out))}: {totals['modules']} modules at {totals['bits_per_weight']:.2f} bits "
-        f"per weight, {_size(totals['source_bytes'])} -> {_size(totals['output_bytes'])}, "
-        f"relative squared error {totals['mean_error']:.3g}, {totals['seconds']:.1f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if dry_run or ram is not None:
+        checkpoint = Checkpoint(folder)
+        plan = plan_checkpoint(checkpoint, settings)
+        check_memory(checkpoint, plan, settings, ram)
+        if dry_run:
+            print_plan(messages, checkpoint, plan, settings)
+            return
+    try:
+        with ProgressBar(messages, settings) as bar:
+            report = quantize_checkpoint(folder, out, settings, bar.callbacks, restart)
+    except KeyboardInterrupt as error:
+        messages.print(
+            f"flute: interrupted; the same command goes on where it stopped ({out}.partial)",
+            style="red", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(INTERRUPTED) from error
+    output.print(summary(report, out), highlight=False, markup=False, soft_wrap=True)
+    if push_to_hub is not None:
+        output.print(push(out, push_to_hub), highlight=False, markup=False)
 
 
 @app.command()
 def convert(src: Source, out: Out) -> None:
     """Convert a checkpoint of another format (FLUTE zoo) to the native one, bit for bit."""
-    from flute_vllm.checkpoint import AtomicFolder, resolve_source
+    from flute_vllm.checkpoint import resolve_source
     from flute_vllm.convert import convert_checkpoint
+    from flute_vllm.writer import AtomicFolder
 
     AtomicFolder(out)
     _rewrite(convert_checkpoint, resolve_source(src), out)
@@ -161,8 +178,9 @@ def convert(src: Source, out: Out) -> None:
 @app.command()
 def dequantize(src: Source, out: Out) -> None:
     """Write the dense twin: exactly the weights that the kernels compute with."""
-    from flute_vllm.checkpoint import AtomicFolder, resolve_source
+    from flute_vllm.checkpoint import resolve_source
     from flute_vllm.convert import dequantize_checkpoint
+    from flute_vllm.writer import AtomicFolder
 
     AtomicFolder(out)
     _rewrite(dequantize_checkpoint, resolve_source(src), out)
@@ -196,14 +214,25 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of one forward pass.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 1,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to compute; vLLM decides itself.")] = "cpu",
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="transformers: float32, the format; vllm: as it is served."),
+    ] = "transformers",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on texts, through transformers and the dense twin."""
+    """Measure perplexity on texts; with a reference, KL divergence and top-1 agreement."""
     from flute_vllm.checkpoint import resolve_source
     from flute_vllm.evaluate import load_model, perplexity, read_texts
 
     contents = read_texts(texts)
+    if engine == "vllm":
+        if reference is not None:
+            raise typer.BadParameter("--reference needs --engine transformers")
+        from flute_vllm.evaluate_vllm import perplexity_vllm
+
+        _print_evaluation(model, perplexity_vllm(resolve_source(model), contents, window), as_json)
+        return
     network, tokenizer = load_model(resolve_source(model), device=device)
     other = None
     if reference is not None:
@@ -211,6 +240,10 @@ def evaluate(
     result = perplexity(
         network, tokenizer, contents, window=window, batch_size=batch_size, reference=other
     )
+    _print_evaluation(model, result, as_json)
+
+
+def _print_evaluation(model: str, result: PerplexityResult, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"model": model, "perplexity": result.ppl, **result.to_json()}, indent=2))
         return
@@ -263,30 +296,13 @@ def _rewrite(function: Any, folder: Path, out: Path) -> None:
     output.print(f"wrote {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
-def _quantized_shapes(plan: Plan) -> list[tuple[int, int]]:
-    return [plan.shapes[module] for module in plan.specs]
-
-
-def _print_plan(plan: Plan, settings: QuantizeSettings) -> None:
-    bits = sorted({spec.bits for spec in plan.specs.values()})
-    size = plan.config.group_size
-    groups = "one scale per row" if size == -1 else f"groups of {size}"
-    messages.print(
-        f"plan: {len(plan.specs)} modules to {', '.join(map(str, bits))} bits, {groups}, "
-        f"{settings.scale} scales in {plan.config.scale_dtype}; output {plan.nbytes:,} bytes of "
-        "tensors",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 def _print_info(summary: dict[str, Any]) -> None:
     per_weight = summary["bits_per_weight"]
     histogram = ", ".join(f"{count} x {bits} bit" for bits, count in summary["bits"].items())
     rows = {
         "format": f"{summary['format']} {summary['format_version'] or ''}".strip(),
         "architecture": summary["architecture"],
-        "size": f"{_size(summary['bytes'])} in {summary['files']} files",
+        "size": f"{format_size(summary['bytes'])} in {summary['files']} files",
         "parameters": f"{summary['parameters']:,}",
         "quantized modules": f"{summary['quantized_modules']} ({histogram or 'none'})",
         "dense tensors": summary["dense_tensors"],
@@ -310,14 +326,6 @@ def _print_info(summary: dict[str, Any]) -> None:
                 escape(tensor["file"]),
             )  # fmt: skip
         output.print(listing)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
 
 
 if __name__ == "__main__":

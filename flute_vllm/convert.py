@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flute_vllm.checkpoint import AtomicFolder, Checkpoint, Layout, TensorInfo, layout_nbytes
+from flute_vllm.checkpoint import Checkpoint, TensorInfo
 from flute_vllm.errors import FluteError
 from flute_vllm.format import SCALE_DTYPES, TENSOR_NAMES, LayerSpec, dequantize
 from flute_vllm.importers import Importer, NativeLayer, find
@@ -20,6 +20,7 @@ from flute_vllm.validate import (
     quantized_modules,
     validate_checkpoint,
 )
+from flute_vllm.writer import AtomicFolder, Layout, layout_nbytes
 
 Progress = Callable[[str, int, int], None]  # module, modules done, modules in all
 

@@ -26,3 +26,12 @@ class FluteError(ValueError):
 
 def _rebuild(what: str, where: str, why: str, fix: str) -> FluteError:
     return FluteError(what, where=where, why=why, fix=fix)
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten: ``4.61 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

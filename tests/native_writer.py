@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from flute_vllm.checkpoint import AtomicFolder, Checkpoint
+from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.format import LayerSpec, dequantize
 from flute_vllm.quantize.codebooks import normal_float
 from flute_vllm.quantize.tensor import quantize_tensor
 from flute_vllm.schema import FluteQuantizationConfig
+from flute_vllm.writer import AtomicFolder
 
 LINEARS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

@@ -23,7 +23,8 @@ from flute_vllm.errors import FluteError
 from flute_vllm.evaluate import read_texts
 from flute_vllm.info import describe
 from flute_vllm.quantize.codebooks import read_codebook
-from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint
+from flute_vllm.quantize.model import quantize_checkpoint
+from flute_vllm.quantize.plan import QuantizeSettings
 from flute_vllm.validate import validate_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -294,12 +295,13 @@ DENSE = {
     "inf weight": (poke(f"{DOWN}.weight", float("inf")), quantize(), "inf"),
     "fp16 scale overflow": (
         poke(f"{DOWN}.weight", 1e6),
-        quantize(scale_dtype="float16", scale="absmax"),
+        quantize(scale_dtype="float16", recipe="nf"),
         "65504",
     ),
     "bits 5 asked": (nothing, quantize(bits=5), "5"),
     "group 48 asked": (nothing, quantize(group_size=48), "48"),
-    "scale method asked": (nothing, quantize(scale="best"), "best"),
+    "unknown recipe": (nothing, quantize(recipe="worst"), "worst"),
+    "no table of these bits": (nothing, quantize(bits=2, table="fp"), "fp tables of 3, 4 bits"),
     "invalid regex asked": (nothing, quantize(skip=("re:(",)), "re:("),
     "pattern without effect": (nothing, quantize(skip=("down_prog",)), "down_prog"),
     "fused modules differ": (nothing, quantize(overrides={"q_proj": 2}), "q_proj: 2 bits"),
@@ -318,6 +320,11 @@ def dense_folder(tmp_path_factory) -> Path:
 def native_folder(dense_folder) -> Path:
     out = dense_folder.parent / "native"
     quantize_checkpoint(dense_folder, out)
+    # One file, so that a damage finds every tensor in it.
+    tensors = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
+    for file in (*out.glob("*.safetensors"), out / "model.safetensors.index.json"):
+        file.unlink()
+    save_file(tensors, out / WEIGHTS)
     return out
 
 

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from flute_vllm.checkpoint import INDEX_NAME, MARKER, AtomicFolder, Checkpoint
+from flute_vllm.checkpoint import INDEX_NAME, Checkpoint
 from flute_vllm.convert import convert_checkpoint, dense_state_dict, dequantize_checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import dequantize
-from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint
+from flute_vllm.quantize.model import Callbacks, quantize_checkpoint
+from flute_vllm.quantize.plan import QuantizeSettings
 from flute_vllm.validate import validate_checkpoint
+from flute_vllm.writer import MARKER, AtomicFolder
 
 ZOO = Path(__file__).parent / "data" / "ckpt_w4"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.int64]
@@ -114,12 +116,12 @@ def test_a_shard_holds_exactly_its_layout(wrong, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_nothing(error, dense_folder, tmp_path):
-    def stop(report) -> None:
+def test_a_run_interrupted_in_its_first_block_leaves_nothing(error, dense_folder, tmp_path):
+    def stop(report, unit) -> None:
         raise error
 
     with pytest.raises(error):
-        quantize_checkpoint(dense_folder, tmp_path / "out", on_module=stop)
+        quantize_checkpoint(dense_folder, tmp_path / "out", callbacks=Callbacks(on_module=stop))
     assert not list(tmp_path.iterdir())
 
 
@@ -127,7 +129,7 @@ def test_leftovers_of_a_killed_run_are_replaced(dense_folder, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / MARKER).touch()
     (tmp_path / "out.partial" / "old.safetensors").write_bytes(b"half")
-    quantize_checkpoint(dense_folder, tmp_path / "out", QuantizeSettings(scale="absmax"))
+    quantize_checkpoint(dense_folder, tmp_path / "out", QuantizeSettings(recipe="nf"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "old.safetensors").exists()
 
@@ -137,7 +139,7 @@ def test_a_folder_that_no_run_left_is_kept(dense_folder, tmp_path):
     source = tmp_path / "out.partial"
     shutil.copytree(dense_folder, source)
     with pytest.raises(FluteError, match="temporary output exists"):
-        quantize_checkpoint(source, tmp_path / "out", QuantizeSettings(scale="absmax"))
+        quantize_checkpoint(source, tmp_path / "out", QuantizeSettings(recipe="nf"))
     assert sorted(p.name for p in source.iterdir()) == sorted(
         p.name for p in dense_folder.iterdir()
     )
@@ -177,15 +179,22 @@ def test_full_disk_while_writing(dense_folder, tmp_path, monkeypatch):
     with pytest.raises(FluteError, match="No space left") as caught:
         quantize_checkpoint(dense_folder, tmp_path / "out")
     assert "model-00002-of-" in caught.value.where
-    assert not list(tmp_path.iterdir())
+    # The file before it is kept, and the same command goes on from there.
+    monkeypatch.setattr(os, "fsync", real)
+    resumed = []
+    callbacks = Callbacks(on_resume=lambda plan, units: resumed.extend(units))
+    quantize_checkpoint(dense_folder, tmp_path / "out", callbacks=callbacks)
+    assert resumed == ["model.layers.0"]
+    validate_checkpoint(Checkpoint(tmp_path / "out"))
 
 
 def test_too_small_a_disk_is_told_before_work(dense_folder, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     done = []
+    callbacks = Callbacks(on_module=lambda report, unit: done.append(report))
     with pytest.raises(FluteError, match="1,000 are free"):
-        quantize_checkpoint(dense_folder, tmp_path / "out", on_module=done.append)
+        quantize_checkpoint(dense_folder, tmp_path / "out", callbacks=callbacks)
     assert not done
     assert not list(tmp_path.iterdir())
 
@@ -202,7 +211,10 @@ def test_unwritable_parent(dense_folder, tmp_path):
 def test_quantized_folder(dense_folder, native_folder):
     source, native = Checkpoint(dense_folder), Checkpoint(native_folder)
     config = validate_checkpoint(native)
-    assert [file.name for file in native.files] == [file.name for file in source.files]
+    # A file for each block, and one for what lies outside.
+    assert [file.name for file in native.files] == [
+        f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)
+    ]
     assert (native_folder / "tokenizer.json").exists()
     assert not (native_folder / "pytorch_model.bin").exists()
     kept = {name: value for name, value in native.config.items() if name != "quantization_config"}
@@ -247,7 +259,7 @@ def test_dense_twin(dense_folder, native_folder, tmp_path):
 
 def test_absmax_of_the_twin_is_itself(native_folder, tmp_path):
     """Quantizing exactly representable weights loses nothing."""
-    settings_ = QuantizeSettings(scale="absmax", skip=("o_proj", "down_proj"))
+    settings_ = QuantizeSettings(recipe="nf", skip=("o_proj", "down_proj"))
     dequantize_checkpoint(native_folder, tmp_path / "twin")
     quantize_checkpoint(tmp_path / "twin", tmp_path / "once", settings_)
     dequantize_checkpoint(tmp_path / "once", tmp_path / "second")

@@ -69,8 +69,8 @@ def test_help_loads_nothing_heavy():
 
 def test_quantize_options(dense_folder, tmp_path):
     result = run(
-        "quantize", dense_folder, tmp_path / "out", "--bits", 2, "--group-size", -1, "--scale",
-        "absmax", "--scale-dtype", "float16", "--skip", "o_proj", "--skip", "down_proj",
+        "quantize", dense_folder, tmp_path / "out", "--bits", 2, "--group-size", -1, "--recipe",
+        "nf", "--scale-dtype", "float16", "--skip", "o_proj", "--skip", "down_proj",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     config = validate_checkpoint(Checkpoint(tmp_path / "out"))
@@ -84,7 +84,7 @@ def test_quantize_with_a_pair_table(dense_folder, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps(table))
     result = run(
         "quantize", dense_folder, tmp_path / "out", "--bits", 2, "--table",
-        tmp_path / "table.json", "--override", "down_proj=4", "--scale", "absmax",
+        tmp_path / "table.json", "--override", "down_proj=4", "--recipe", "nf",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     checkpoint = Checkpoint(tmp_path / "out")
@@ -101,6 +101,108 @@ def test_dry_run_tells_the_exact_size(dense_folder, native_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"output {Checkpoint(native_folder).nbytes:,} bytes" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_shows_the_memory_of_a_70b_model(tmp_path):
+    """By arithmetic from headers alone: a 64 GB host with a 24 GB GPU is enough."""
+    from flute_vllm.quantize.memory import memory_parts
+    from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
+    from flute_vllm.quantize.progress import memory_totals
+
+    folder = write_large_headers(tmp_path / "70b")
+    for recipe in ("fast", "balanced", "best"):
+        settings = QuantizeSettings(recipe=recipe)
+        checkpoint = Checkpoint(folder)
+        plan = plan_checkpoint(checkpoint, settings)
+        parts = memory_parts(checkpoint, plan, settings, "cuda")
+        host, gpu = memory_totals(parts, "cuda")
+        assert host < 64e9, (recipe, host)
+        assert gpu < 24e9, (recipe, gpu)
+
+
+def write_large_headers(folder: Path) -> Path:
+    """LLaMA-70B shapes, two blocks, as sparse files: headers are real, the data are holes."""
+    hidden, mlp, kv = 8192, 28672, 1024
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+        "intermediate_size": mlp, "num_hidden_layers": 2, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    shapes = {"model.embed_tokens": (128256, hidden), "lm_head": (128256, hidden)}
+    for index in range(2):
+        block = f"model.layers.{index}"
+        for name, rows, columns in (
+            ("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden),
+        ):  # fmt: skip
+            shapes[f"{block}.self_attn.{name}_proj"] = (rows, columns)
+        shapes |= {f"{block}.mlp.{n}_proj": (mlp, hidden) for n in ("gate", "up")}
+        shapes[f"{block}.mlp.down_proj"] = (hidden, mlp)
+    header, end = {}, 0
+    for name, (rows, columns) in shapes.items():
+        begin, end = end, end + 2 * rows * columns
+        header[f"{name}.weight"] = {
+            "dtype": "BF16", "shape": [rows, columns], "data_offsets": [begin, end],
+        }  # fmt: skip
+    encoded = json.dumps(header).encode()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return folder
+
+
+def test_too_little_ram_is_refused_before_work(dense_folder, tmp_path):
+    result = run("quantize", dense_folder, tmp_path / "out", "--ram", "0.1", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "not enough memory for this plan" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_stopped_is_refused_with_other_settings(dense_folder, tmp_path, monkeypatch):
+    """Through the command: resume, the field's name, --restart."""
+    from flute_vllm.quantize import model
+
+    real = model._write_group
+    with monkeypatch.context() as patched:
+
+        def stop(shard, group, state, checkpoint):
+            if group[0].startswith("model.layers.1"):
+                raise KeyboardInterrupt
+            real(shard, group, state, checkpoint)
+
+        patched.setattr(model, "_write_group", stop)
+        stopped = run("quantize", dense_folder, tmp_path / "out", "--recipe", "nf")
+    assert stopped.exit_code == 130
+    assert "the same command goes on" in stopped.stderr
+    other = run("quantize", dense_folder, tmp_path / "out", "--recipe", "nf", "--bits", 3)
+    assert other.exit_code == 1
+    assert ": bits" in other.stderr
+    resumed = run("quantize", dense_folder, tmp_path / "out", "--recipe", "nf")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resuming: 1 of 3 files are done" in resumed.stderr
+
+
+def test_push_to_hub_uploads_the_finished_folder(dense_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append(("create", name))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append(("upload", sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    result = run(
+        "quantize", dense_folder, tmp_path / "out", "--recipe", "nf", "--push-to-hub", "me/model"
+    )
+    assert result.exit_code == 0, result.output
+    assert calls[0] == ("create", "me/model")
+    assert {"README.md", "config.json", "report.json"} <= set(calls[1][1])
 
 
 def test_info(native_folder):
@@ -162,7 +264,7 @@ def test_failure_is_a_message_and_exit_code_1(native_folder, dense_folder, tmp_p
         ("quantize", "a", "b", "--bits", "5"),
         ("quantize", "a", "b", "--bits", "four"),
         ("quantize", "a", "b", "--group-size", "48"),
-        ("quantize", "a", "b", "--scale", "best"),
+        ("quantize", "a", "b", "--scale-dtype", "float64"),
         ("quantize", "a", "b", "--override", "down_proj"),
         ("quantize", "a", "b", "--override", "down_proj=5"),
         ("quantize", "a", "b", "--unknown"),
@@ -201,7 +303,7 @@ def test_eval(native_folder, tmp_path, monkeypatch):
 
 
 def test_interrupted_process(dense_folder, tmp_path):
-    """Ctrl-C at work: exit code 130 and no folder, not even a partial one."""
+    """Ctrl-C at work: exit code 130, no finished folder, and what to do next."""
     big = write_tiny_model(
         tmp_path / "dense", "llama", hidden_size=1024, intermediate_size=8192, head_dim=256
     )
@@ -214,7 +316,8 @@ def test_interrupted_process(dense_folder, tmp_path):
     assert child.returncode == 130, stderr
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+    assert "the same command goes on" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_process_end_to_end(dense_folder, tmp_path):

@@ -18,7 +18,8 @@ vllm = pytest.importorskip("vllm")
 from engine import run_jobs  # noqa: E402
 
 from flute_vllm.evaluate import load_model, load_twin  # noqa: E402
-from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint  # noqa: E402
+from flute_vllm.quantize.model import quantize_checkpoint  # noqa: E402
+from flute_vllm.quantize.plan import QuantizeSettings  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,7 +22,9 @@ from flute_vllm.quantize.codebooks import (
     normal_float_construction,
     read_codebook,
 )
-from flute_vllm.quantize.model import QuantizeSettings, plan_checkpoint, quantize_checkpoint
+from flute_vllm.quantize.model import quantize_checkpoint
+from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
+from flute_vllm.quantize.state import BLOCK_WEIGHTS
 from flute_vllm.quantize.tensor import quantize_tensor
 from flute_vllm.validate import validate_checkpoint
 
@@ -151,7 +153,7 @@ def test_zero_groups():
 def test_blocks_do_not_change_the_result(monkeypatch):
     weight, spec = gaussian(40, 256), LayerSpec(3, 64)
     whole = quantize_tensor(weight, spec, normal_float(3).values)
-    monkeypatch.setattr("flute_vllm.quantize.tensor._BLOCK_WEIGHTS", 3 * 256)
+    monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 3 * 256)
     parts = quantize_tensor(weight, spec, normal_float(3).values)
     assert torch.equal(whole.qweight, parts.qweight)
     assert torch.equal(whole.scales, parts.scales)
@@ -185,7 +187,7 @@ def test_rejects_what_it_cannot_quantize():
 # --- which modules -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"mixtral"}))
 def test_decoder_linears_are_found(architecture, tmp_path):
     checkpoint = Checkpoint(write_tiny_model(tmp_path / "dense", architecture))
     plan = plan_checkpoint(checkpoint, QuantizeSettings())

@@ -32,7 +32,13 @@ ARCHITECTURES: dict[str, dict] = {
     "qwen2": {"tie_word_embeddings": True},  # biases on q, k and v
     "mistral": {"sliding_window": None, "head_dim": 64},
     "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 512},  # fused
-}
+    "gemma3": {
+        "model_type": "gemma3_text", "head_dim": 64, "query_pre_attn_scalar": 64,
+        "sliding_window": 256,
+    },
+    "qwen3": {"tie_word_embeddings": True, "head_dim": 64},  # norms on q and k
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}  # fmt: skip
 PROMPTS = [[5, 77, 301, 42, 9], [17] * 3 + [400, 401], [250, 3, 11, 499, 60, 8, 123]]
 
 
@@ -42,6 +48,7 @@ def write_tiny_model(folder: Path, architecture: str, seed: int = 0, **changes) 
 
     model_type = architecture.partition("_")[0]
     fields = {**COMMON, **ARCHITECTURES[architecture], **changes}
+    model_type = fields.pop("model_type", model_type)
     config = AutoConfig.for_model(model_type, **fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)

@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--steps", type=int, help="instead of --epochs, for a trial run")
+    parser.add_argument("--seconds", type=float, help="end after this time at the latest")
     parser.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a step")
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-rate", type=float, default=3e-3, help="of embeddings and norms")
@@ -170,12 +171,17 @@ def make_optimizers(model, arguments) -> list[torch.optim.Optimizer]:
     return [muon, adam]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rates: 2 % linear warm-up, then a cosine down to zero."""
+def schedule(step: int, steps: int, time_share: float = 0.0) -> float:
+    """Factor of the learning rates: 2 % linear warm-up, then a cosine down to zero.
+
+    ``time_share`` of the allowed time is gone: where that is more than the share of the steps,
+    the cosine follows the clock, so that training ends at a rate of zero in either case.
+    """
     warmup = max(1, steps // 50)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    share = max((step - warmup) / max(1, steps - warmup), min(1.0, time_share))
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def loss_of(model, windows: torch.Tensor) -> torch.Tensor:
@@ -204,7 +210,9 @@ def train(model, data: Windows, validation: torch.Tensor, arguments) -> dict:
     batches = data.batches(size, arguments.device)
     start = time.perf_counter()
     for step in range(steps):
-        factor = schedule(step, steps)
+        elapsed = time.perf_counter() - start
+        time_share = elapsed / arguments.seconds if arguments.seconds else 0.0
+        factor = schedule(step, steps, time_share)
         for optimizer, initial in zip(optimizers, rates, strict=True):
             for group, rate in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = rate * factor
@@ -214,7 +222,8 @@ def train(model, data: Windows, validation: torch.Tensor, arguments) -> dict:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % arguments.validate_every == 0 or step + 1 == steps:
+        is_last = step + 1 == steps or time_share >= 1
+        if (step + 1) % arguments.validate_every == 0 or is_last:
             found = validate(model, validation, 16)
             seconds = time.perf_counter() - start
             speed = (step + 1) * size * CONTEXT / seconds
@@ -225,11 +234,13 @@ def train(model, data: Windows, validation: torch.Tensor, arguments) -> dict:
             if found < best:
                 best = found
                 best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        if is_last:
+            break
     model.load_state_dict(best_state)
     return {
-        "tokens_trained": steps * size * CONTEXT,
+        "tokens_trained": (step + 1) * size * CONTEXT,
         "corpus_tokens": data.corpus_tokens,
-        "steps": steps,
+        "steps": step + 1,
         "seconds": round(time.perf_counter() - start, 1),
         "validation_nll": round(best, 4),
     }

@@ -1,9 +1,10 @@
-"""Tables of values: the NormalFloat tables shipped in ``configs/codebooks`` and user files."""
+"""Tables of values: those shipped in ``configs/codebooks`` (NormalFloat, integer, FP) and files."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -14,20 +15,62 @@ from flute_vllm.errors import FluteError
 from flute_vllm.format import BITS, TABLE_KINDS
 from flute_vllm.resources import data_path
 
+TABLE_NAMES = ("nf", "int", "fp")  # kinds in configs/codebooks, one file for each width
+
 
 @dataclass(frozen=True)
 class Codebook:
-    """A named table. ``values`` is float32 [2**bits], or [2**(2 * bits), 2] for pairs."""
+    """A named table. ``values`` is float32 [2**bits], or [2**(2 * bits), 2] for pairs.
+
+    A table that the user chose ``is_fixed``: no recipe replaces it by a learned one.
+    """
 
     name: str
     bits: int
     table_kind: str
     values: torch.Tensor
+    is_fixed: bool = False
 
 
 def normal_float(bits: int) -> Codebook:
     """The NormalFloat table of 2, 3 or 4 bits, from its JSON file."""
-    return read_codebook(data_path("configs", "codebooks", f"nf{bits}.json"))
+    return named_codebook("nf", bits)
+
+
+def named_codebook(name: str, bits: int) -> Codebook:
+    """The shipped table of a kind ("nf", "int", "fp") at a width. Raises FluteError."""
+    found = [width for width in BITS if _shipped(name, width)]
+    if bits not in found:
+        raise FluteError(
+            f"no {name} table of {bits} bits",
+            where=f"--table {name}",
+            why=f"there are {name} tables of {', '.join(map(str, found)) or 'no'} bits",
+            fix="choose other --bits or another --table",
+        )
+    return read_codebook(data_path("configs", "codebooks", f"{name}{bits}.json"))
+
+
+def _shipped(name: str, bits: int) -> bool:
+    return (data_path("configs", "codebooks") / f"{name}{bits}.json").exists()
+
+
+@cache
+def gaussian_lloyd(bits: int) -> torch.Tensor:
+    """float32 [2**bits]: the Lloyd-Max quantizer of the standard normal distribution.
+
+    Ascending, largest magnitude 1. Each value is the mean of its cell, ``(phi(a) - phi(b)) /
+    (Phi(b) - Phi(a))`` for a cell (a, b); iterated until it stands still (Max 1960).
+    """
+    count = 2**bits
+    values = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    for _ in range(500):
+        inner = (values[1:] + values[:-1]) / 2
+        ends = torch.tensor([math.inf], dtype=torch.float64)
+        edges = torch.cat([-ends, inner, ends])
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        mass = torch.special.ndtr(edges).diff()
+        values = -density.diff() / mass
+    return (values / values.abs().max()).float()
 
 
 def load_codebook(name: str) -> torch.Tensor:

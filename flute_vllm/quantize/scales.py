@@ -7,6 +7,8 @@ groups, float32 [R, g], small enough that its temporaries fit in cache and memor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from flute_vllm.errors import FluteError
@@ -14,7 +16,8 @@ from flute_vllm.errors import FluteError
 SCALE_METHODS = ("search", "absmax")
 # Fractions of the absmax scale that the search tries. NF tables at 4 bits and groups of 64 are
 # best near 0.9, at 2 bits near 0.5 (a fixed table spends its two ends on rare values).
-SHRINK_FACTORS = (0.40, 0.48, 0.56, 0.64, 0.71, 0.77, 0.83, 0.88, 0.93, 0.98, 1.04)
+SHRINK_FACTORS = (0.45, 0.58, 0.70, 0.79, 0.87, 0.94, 1.0)
+NEARBY = (0.94, 0.97, 1.0, 1.03, 1.06)  # around the best of them, for a second look
 SMALLEST_SCALE = 1e-30  # below, inverses overflow float32: such a group keeps its absmax scale
 _BINS = 4096  # resolution of the approximate lookup that scores candidates
 
@@ -33,6 +36,7 @@ class Quantizer:
         self.bits = bits
         self.largest = float(self.table.abs().max())
         self.is_pair = table.dim() == 2
+        self.is_symmetric = not self.is_pair and _is_symmetric(self.table)
         if self.is_pair:
             self._half_norms = self.table.square().sum(1) / 2
             self._zero_code = int(self._half_norms.argmin())
@@ -108,34 +112,65 @@ def absmax_scales(weights: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return weights.abs().amax(1) / quantizer.largest
 
 
-def searched_scales(weights: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """float32 [R]: scales of small squared error, found without data.
+def searched_scales(
+    weights: torch.Tensor, quantizer: Quantizer, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 [R]: scales of small squared error.
 
     For each candidate ``c = factor * absmax``, the codes nearest to ``w / c`` have values v; the
     best scale for these values is the least-squares one, ``s = <w, v> / <v, v>``, with squared
     error ``|w|^2 - <w, v>^2 / <v, v>``. The candidate of least error wins and its s is refined
     once more. A coarse grid is enough because s moves off it.
+
+    A table that is not symmetric is tried with negative scales too: each group then has its
+    largest weight on the side where the table reaches further, which costs no bit.
+
+    Args:
+        weights: float32 [R, g].
+        quantizer: of the table in its stored precision.
+        importance: float32 [R, g], weight of each squared error; all one when None.
     """
     start = absmax_scales(weights, quantizer)
-    best_gain = torch.full_like(start, -1.0)
-    best_scale = start.clone()
-    for factor in SHRINK_FACTORS:
-        scale, gain = _refit(weights, start * factor, quantizer)
+    signs = (1,) if quantizer.is_symmetric else (1, -1)
+    candidates = (start * (sign * factor) for sign in signs for factor in SHRINK_FACTORS)
+    best = best_scales(weights, quantizer, candidates, start, importance)
+    nearby = (best * factor for factor in NEARBY)
+    best = best_scales(weights, quantizer, nearby, best, importance)
+    return torch.where(start < SMALLEST_SCALE, start, best)
+
+
+def best_scales(
+    weights: torch.Tensor,
+    quantizer: Quantizer,
+    candidates: Iterable[torch.Tensor],
+    default: torch.Tensor,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 [R]: of the scales that the candidates lead to, the ones of least squared error.
+
+    ``default`` is kept where no candidate explains anything (groups of zeros).
+    """
+    best_gain = torch.full_like(default, -1.0)
+    best_scale = default.clone()
+    for candidate in candidates:
+        scale, gain = _refit(weights, candidate, quantizer, importance)
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, scale, best_scale)
-    refined, gain = _refit(weights, best_scale, quantizer)
-    best_scale = torch.where(gain > best_gain, refined, best_scale)
-    return torch.where(start < SMALLEST_SCALE, start, best_scale)
+    return best_scale
 
 
 def _refit(
-    weights: torch.Tensor, candidate: torch.Tensor, quantizer: Quantizer
+    weights: torch.Tensor,
+    candidate: torch.Tensor,
+    quantizer: Quantizer,
+    importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = torch.where(candidate.abs() < SMALLEST_SCALE, 0.0, 1 / candidate)
     values = quantizer.approximate_values(weights, inverse)
-    product = torch.linalg.vecdot(weights, values)
-    norm = torch.linalg.vecdot(values, values)
+    weighted = values if importance is None else values * importance
+    product = torch.linalg.vecdot(weights, weighted)
+    norm = torch.linalg.vecdot(values, weighted)
     scale = torch.where(norm > 0, product / norm, 0.0)
     return scale, scale * product
 
@@ -153,6 +188,12 @@ def round_scales(scales: torch.Tensor, dtype: torch.dtype, where: str) -> torch.
             fix="use --scale-dtype bfloat16",
         )
     return rounded
+
+
+def _is_symmetric(table: torch.Tensor) -> bool:
+    """Whether negating a scalar table gives the same values."""
+    ascending = table.sort().values
+    return torch.equal(ascending, -ascending.flip(0))
 
 
 def _nonzero(scales: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -24,20 +25,32 @@ class Selection:
     """What the walk found, by checkpoint name (``<name>.weight`` is in the checkpoint).
 
     ``dense`` holds every linear module that stays dense, under the name that vLLM knows;
-    ``notes`` has one message for each kind of module that was skipped and why.
+    ``notes`` has one message for each kind of module that was skipped and why. ``blocks`` names
+    the decoder blocks in order, as tensor names begin with them.
     """
 
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+
+    def block_of(self, tensor: str) -> str | None:
+        """The decoder block that a tensor of the checkpoint belongs to."""
+        parts = tensor.split(".")
+        heads = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return next((head for head in heads if head in self._block_set), None)
+
+    @cached_property
+    def _block_set(self) -> frozenset[str]:
+        return frozenset(self.blocks)
 
 
 def select_modules(checkpoint: Checkpoint) -> Selection:
     """Finds the linear modules to quantize. Raises FluteError where there are none."""
-    model = _meta_model(checkpoint)
-    stacks = _decoder_stacks(model)
+    model = meta_model(checkpoint)
+    stacks = decoder_stacks(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    selection = Selection()
+    selection = Selection(blocks=_stored_blocks(model, stacks, prefix, checkpoint))
     routers: list[str] = []
     experts = 0
     for name, module in model.named_modules():
@@ -79,7 +92,8 @@ def select_modules(checkpoint: Checkpoint) -> Selection:
     return selection
 
 
-def _meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
+def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The model of config.json without weights. Raises FluteError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -97,7 +111,7 @@ def _meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
         ) from error
 
 
-def _decoder_stacks(model: torch.nn.Module) -> list[str]:
+def decoder_stacks(model: torch.nn.Module) -> list[str]:
     """Names of the outermost ModuleLists as long as the decoder is deep.
 
     Other lists (vision towers, per-expert lists) differ in length or lie inside a block.
@@ -116,12 +130,28 @@ def _decoder_stacks(model: torch.nn.Module) -> list[str]:
     return fitting or outermost
 
 
-def _stored_name(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
-    """Checkpoint name of a module: its own, or without or with the prefix of the base model."""
+def _stored_blocks(
+    model: torch.nn.Module, stacks: list[str], prefix: str, checkpoint: Checkpoint
+) -> list[str]:
+    blocks = []
+    for stack in stacks:
+        for candidate in name_candidates(stack, prefix):
+            if any(name.startswith(f"{candidate}.0.") for name in checkpoint.tensors):
+                blocks += [f"{candidate}.{i}" for i in range(len(model.get_submodule(stack)))]
+                break
+    return blocks
+
+
+def name_candidates(name: str, prefix: str) -> list[str]:
+    """How a checkpoint may call a module: so, or with or without the prefix of the base model."""
     candidates = [name, f"{prefix}{name}"]
     if name.startswith(prefix):
         candidates.append(name.removeprefix(prefix))
-    for candidate in candidates:
+    return candidates
+
+
+def _stored_name(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
+    for candidate in name_candidates(name, prefix):
         info = checkpoint.tensors.get(f"{candidate}.weight")
         if info is not None and len(info.shape) == 2 and info.dtype.is_floating_point:
             return candidate

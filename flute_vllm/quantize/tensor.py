@@ -1,4 +1,4 @@
-"""Quantizes one matrix."""
+"""Quantizes one matrix with one given table: what tests and other tools need of the steps."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.format import LayerSpec, pack
-from flute_vllm.quantize.scales import (
-    SCALE_METHODS,
-    Quantizer,
-    absmax_scales,
-    round_scales,
-    searched_scales,
-)
-
-_BLOCK_WEIGHTS = 1 << 20  # weights handled at once: bounds temporaries to about 40 MiB
+from flute_vllm.format import LayerSpec
+from flute_vllm.quantize.rounding import absmax, search
+from flute_vllm.quantize.scales import SCALE_METHODS, round_scales
+from flute_vllm.quantize.state import State, Statistics, relative_error, row_blocks
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ def quantize_tensor(
     scale: str = "search",
     where: str = "weight",
 ) -> QuantizedTensor:
-    """Quantizes a dense weight.
+    """Quantizes a dense weight by rounding each weight to the nearest value.
 
     Args:
         weight: floating [N, K], on any device; the work is done there, in float32.
@@ -54,79 +49,29 @@ def quantize_tensor(
         where: name for messages.
 
     Returns:
-        Tensors on the device of ``weight``, table and scales in the scale dtype. Scales and
-        table are rounded before codes are chosen, so each code is the nearest one to what the
-        kernel will read.
+        Tensors on the device of ``weight``, table and scales in the scale dtype.
 
     Raises:
         FluteError: not a matrix, K unfit for the group size, NaN or infinity in the weight, a
             scale beyond the range of the scale dtype, a table of another shape.
     """
-    _check(weight, spec, table, scale, where)
-    rows, columns = weight.shape
-    group = columns if spec.group_size == -1 else spec.group_size
-    dtype = spec.torch_scale_dtype
-    stored_table = round_scales(table.to(weight.device, torch.float32), dtype, f"{where}: table")
-    quantizer = Quantizer(stored_table, spec.bits)
-    find = searched_scales if scale == "search" else absmax_scales
-
-    groups_per_row = columns // group
-    qweight = torch.empty(
-        rows, spec.words_per_row(columns), dtype=torch.int32, device=weight.device
-    )
-    scales = torch.empty(rows, groups_per_row, dtype=dtype, device=weight.device)
-    lost = total = 0.0
-    step = max(1, _BLOCK_WEIGHTS // columns)
-    for first in range(0, rows, step):
-        block = weight[first : first + step].float()
-        if not bool(block.isfinite().all()):
-            raise _not_finite(block, first, where)
-        grouped = block.reshape(-1, group)
-        stored = round_scales(find(grouped, quantizer), dtype, where)
-        codes = quantizer.codes(grouped, stored.float())
-        missed = _squared_error(grouped, codes, stored, quantizer)
-        if scale == "search":
-            # Rounding and the approximate lookup may cost a group its gain: keep the better.
-            plain = round_scales(absmax_scales(grouped, quantizer), dtype, where)
-            plain_codes = quantizer.codes(grouped, plain.float())
-            plain_missed = _squared_error(grouped, plain_codes, plain, quantizer)
-            worse = missed > plain_missed
-            stored = torch.where(worse, plain, stored)
-            codes = torch.where(worse[:, None], plain_codes, codes)
-            missed = torch.minimum(missed, plain_missed)
-        lost += float(missed.sum(dtype=torch.float64))
-        total += float(grouped.square().sum(dtype=torch.float64))
-        qweight[first : first + step] = pack(codes.view(block.shape), spec.bits)
-        scales[first : first + step] = stored.view(-1, groups_per_row)
-    return QuantizedTensor(qweight, scales, stored_table, lost / total if total else 0.0)
-
-
-def _squared_error(
-    weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer
-) -> torch.Tensor:
-    """float32 [R]: squared error of each group after the format's rounding of table * scale."""
-    dense = (quantizer.values(codes) * scales.float()[:, None]).to(scales.dtype).float()
-    difference = dense.sub_(weights)
-    return torch.linalg.vecdot(difference, difference)
-
-
-def _check(
-    weight: torch.Tensor, spec: LayerSpec, table: torch.Tensor, scale: str, where: str
-) -> None:
     if scale not in SCALE_METHODS:
         raise FluteError(
             f"unknown scale method {scale!r}",
             where=where,
             why=f"it must be one of {', '.join(SCALE_METHODS)}",
-            fix="use --scale search",
+            fix="use 'search'",
         )
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise FluteError(
-            "cannot quantize this tensor",
-            where=where,
-            why=f"expected a floating [N, K] matrix, got {weight.dtype} {list(weight.shape)}",
-            fix="leave the module dense with --skip",
-        )
+    check_weight(weight, spec, where)
+    start = start_state(spec, table.to(weight.device), True, where)
+    step = search if scale == "search" else absmax
+    state = step(weight, Statistics(), start)
+    error = relative_error(weight, state)
+    return QuantizedTensor(**state.tensors(slice(None)), error=error)
+
+
+def start_state(spec: LayerSpec, table: torch.Tensor, is_fixed: bool, where: str) -> State:
+    """A state without codes, its table rounded to what will be stored. Raises FluteError."""
     if tuple(table.shape) != spec.table_shape:
         raise FluteError(
             "table does not fit the bits",
@@ -135,7 +80,38 @@ def _check(
             f"got {list(table.shape)}",
             fix="pass a table made for these bits",
         )
+    stored = round_scales(table.float(), spec.torch_scale_dtype, f"{where}: table").float()
+    return State(spec, stored, is_fixed, where)
+
+
+def check_weight(weight: torch.Tensor, spec: LayerSpec, where: str) -> None:
+    """Raises FluteError unless the weight is a finite matrix that the spec can store."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise FluteError(
+            "cannot quantize this tensor",
+            where=where,
+            why=f"expected a floating [N, K] matrix, got {weight.dtype} {list(weight.shape)}",
+            fix="leave the module dense with --skip",
+        )
     spec.check_in_features(weight.shape[1], where)
+    for block in row_blocks(weight):
+        if not bool(weight[block].isfinite().all()):
+            raise _not_finite(weight[block], block.start, where)
+
+
+def load_group(
+    checkpoint: Checkpoint,
+    group: tuple[str, ...],
+    specs: dict[str, LayerSpec],
+    device: torch.device,
+) -> torch.Tensor:
+    """The matrices of a group, rows stacked, in their own dtype. Raises FluteError for NaN."""
+    parts = []
+    for module in group:
+        weight = checkpoint.load(f"{module}.weight").to(device)
+        check_weight(weight, specs[module], f"{module}.weight")
+        parts.append(weight)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _not_finite(block: torch.Tensor, first_row: int, where: str) -> FluteError:

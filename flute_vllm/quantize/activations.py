@@ -1,0 +1,120 @@
+"""The second moments of what each group of modules reads, collected while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from flute_vllm.errors import FluteError
+from flute_vllm.quantize.blocks import BlockRunner
+from flute_vllm.quantize.state import Statistics
+
+
+class Moments:
+    """Sums of ``x x^T`` over the tokens of calibration and of held-out windows.
+
+    With a second, dense path of activations x', also sums of ``x' x^T``, from which the target of
+    a matrix follows (:meth:`target`).
+    """
+
+    def __init__(self, windows: int, heldout: int, device: torch.device) -> None:
+        self.device = device
+        self.first_heldout = windows - heldout
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        """left, right: [tokens, K], added as float32 [K, K] of ``left^T right``."""
+        product = left.float().T @ right.float()
+        if name in self.sums:
+            self.sums[name] += product
+        else:
+            self.sums[name] = product
+
+    def statistics(self, module: str) -> Statistics:
+        found = {}
+        for part in ("hessian", "heldout"):
+            moment = self.sums[f"{part} {module}"].to(self.device)
+            if not bool(moment.isfinite().all()):
+                raise FluteError(
+                    "activations are not finite", where=module,
+                    why=f"{int((~moment.isfinite()).sum())} of {moment.numel()} second moments of "
+                    "its input are NaN or infinite",
+                    fix="check the weights before it; in float16 activations may overflow: use a "
+                    "bfloat16 or float32 copy of the model",
+                )  # fmt: skip
+            found[part] = moment / moment.diagonal().mean().clamp_min(1e-30)
+        return Statistics(**found)
+
+    def target(self, module: str, weight: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+        """The matrix that, on x, comes closest to what the dense one makes of x'.
+
+        ``W C H^-1`` with ``C = x' x^T``, ``H = x x^T``: least squares, as in GPTAQ
+        (arXiv 2504.02692), both damped so that directions without data keep their W.
+        """
+        hessian = self.sums[f"hessian {module}"].to(self.device)
+        cross = self.sums.pop(f"cross {module}").to(self.device)
+        raised = torch.eye(len(hessian), device=hessian.device)
+        raised *= damping * hessian.diagonal().mean().clamp_min(1e-30)
+        moved = weight.float() @ (cross + raised)
+        factor, failed = torch.linalg.cholesky_ex(hessian + raised)
+        if bool(failed):
+            return weight.float()
+        return torch.cholesky_solve(moved.T, factor).T.contiguous()
+
+
+@torch.no_grad()
+def observe(
+    runner: BlockRunner,
+    index: int,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    heldout: int,
+    modules: Iterable[str],
+    dense: nn.Module | None = None,
+    dense_hidden: torch.Tensor | None = None,
+) -> Moments:
+    """Runs a block on all windows and sums the moments of the inputs of some of its modules.
+
+    Args:
+        runner, index, block: the block as it is now.
+        hidden: [windows, length, hidden], its input.
+        heldout: the last windows, kept apart.
+        modules: names inside the block.
+        dense, dense_hidden: the same block with its own weights, and its input in the dense
+            model; adds the cross moments.
+    """
+    moments = Moments(len(hidden), heldout, runner.device)
+    inputs: dict[tuple[str, str], torch.Tensor] = {}
+    hooks = []
+    for path, owner in (("", block), ("dense ", dense)):
+        for name in modules if owner is not None else ():
+
+            def note(_module, args, key=(path, name)) -> None:
+                inputs[key] = args[0]
+
+            hooks.append(owner.get_submodule(name).register_forward_pre_hook(note))
+    done = 0
+    others = runner.run(dense, index, dense_hidden) if dense is not None else None
+    try:
+        for output in runner.run(block, index, hidden):
+            if others is not None:
+                next(others)
+            learnt = max(0, min(len(output), moments.first_heldout - done))
+            for (path, name), x in inputs.items():
+                if path:
+                    continue
+                for part, rows in (("hessian", slice(learnt)), ("heldout", slice(learnt, None))):
+                    here = x[rows].reshape(-1, x.shape[-1])
+                    moments.add(f"{part} {name}", here, here)
+                if others is not None:
+                    other = inputs["dense ", name][:learnt].reshape(-1, x.shape[-1])
+                    moments.add(f"cross {name}", other, x[:learnt].reshape(-1, x.shape[-1]))
+            done += len(output)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # One group at a time needs its moments on the device: 3.3 GB each for 28672 features.
+    moments.sums = {name: moment.cpu() for name, moment in moments.sums.items()}
+    return moments

@@ -1,0 +1,218 @@
+"""Runs a model block by block with only one block in memory, to see what its layers read.
+
+The model is built without weights. Everything before the first block (embeddings, positions) is
+loaded once, run on all windows, and freed; the arguments that each block then gets are noted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from flute_vllm.checkpoint import Checkpoint
+from flute_vllm.errors import FluteError
+from flute_vllm.quantize.structure import decoder_stacks, name_candidates
+
+_TOKENS_AT_ONCE = 4096  # of one forward pass; bounds the memory of attention and MLP
+
+
+class BlockRunner:
+    """The decoder blocks of a checkpoint, loaded one at a time.
+
+    Args:
+        checkpoint: dense.
+        device: where blocks run; in float32 on a CPU, else in the dtype of the weights.
+
+    Raises:
+        FluteError: transformers cannot build the model, or stores it under other names.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.model = _model_without_weights(checkpoint)
+        self.model.eval()
+        stacks = decoder_stacks(self.model)
+        if len(stacks) != 1:
+            raise self._unsupported(f"it has {len(stacks)} stacks of blocks: {', '.join(stacks)}")
+        self.stack = stacks[0]
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.stack)
+        self.prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        stored = {i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point}
+        narrow = torch.bfloat16 if torch.bfloat16 in stored else torch.float16
+        wide = device.type == "cpu" or stored == {torch.float32}
+        self.dtype = torch.float32 if wide else narrow
+        self._arguments: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first block reads, and, noted for later, the other arguments of every block.
+
+        Args:
+            ids: int64 [windows, length].
+
+        Returns:
+            [windows, length, hidden] on the CPU, in the dtype of the run.
+        """
+        self.batch = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        while len(ids) % self.batch:  # masks are noted for one size of batch
+            self.batch -= 1
+        outside = [name for name, _ in self.model.named_parameters() if not self._is_inside(name)]
+        head = self.model.get_output_embeddings()
+        embedding = self.model.get_input_embeddings()
+        left_out = set() if head is None else {id(p) for p in head.parameters()}
+        left_out -= {id(p) for p in embedding.parameters()}
+        names = [n for n in outside if id(self.model.get_parameter(n)) not in left_out]
+        self._fill(self.model, {name: self._load(name) for name in names})
+        for name, buffer in self.model.named_buffers():
+            if not self._is_inside(name):
+                _assign(self.model, name, buffer.to(self.device))
+        catchers = [_Catcher(block) for block in self.blocks]
+        hidden = self._pass_through(ids, catchers)
+        self._arguments = [catcher.arguments for catcher in catchers]
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            _assign(self.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        return hidden
+
+    def _pass_through(self, ids: torch.Tensor, catchers: list[_Catcher]) -> torch.Tensor:
+        parent, _, leaf = self.stack.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        setattr(owner, leaf, nn.ModuleList(catchers))
+        decoder = getattr(self.model, "get_decoder", lambda: None)() or self.model
+        try:
+            parts = []
+            for batch in ids.split(self.batch):
+                decoder(input_ids=batch.to(self.device), use_cache=False)
+                parts.append(catchers[0].hidden.cpu())
+            shapes = {None if c.hidden is None else c.hidden.shape for c in catchers}
+            if len(shapes) > 1:
+                raise self._unsupported(f"its blocks read different shapes: {shapes}")
+            return torch.cat(parts)
+        finally:
+            setattr(owner, leaf, self.blocks)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights on the device, as a copy that may be changed; freed after."""
+        block = self.blocks[index]
+        names = [f"{self.stack}.{index}.{name}" for name, _ in block.named_parameters()]
+        loaded = copy.deepcopy(block)  # of names and shapes: its weights are on meta
+        start = len(f"{self.stack}.{index}.")
+        self._fill(loaded, {name[start:]: self._load(name) for name in names})
+        for name, buffer in loaded.named_buffers():
+            _assign(loaded, name, buffer.to(self.device))
+        try:
+            yield loaded
+        finally:
+            del loaded
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Outputs of a block for each batch of its inputs, on the CPU, in order."""
+        for batch in hidden.split(self.batch):
+            output = block(batch.to(self.device), **self._arguments[index])
+            yield (output[0] if isinstance(output, tuple) else output).cpu()
+
+    def stored_name(self, index: int, module: str) -> str | None:
+        """Checkpoint name of a module of a block, by its name inside the block."""
+        return self._find(f"{self.stack}.{index}.{module}.weight", ".weight")
+
+    def _is_inside(self, name: str) -> bool:
+        return name.startswith(f"{self.stack}.")
+
+    def _find(self, parameter: str, cut: str = "") -> str | None:
+        for candidate in name_candidates(parameter, self.prefix):
+            if candidate in self.checkpoint.tensors:
+                return candidate.removesuffix(cut)
+        return None
+
+    def _load(self, parameter: str) -> torch.Tensor:
+        name = self._find(parameter)
+        if name is None:
+            raise self._unsupported(f"the checkpoint has no tensor {parameter}")
+        return self.checkpoint.load(name)
+
+    def _fill(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            wanted = module.get_parameter(name).shape
+            if tensor.shape != wanted:
+                raise self._unsupported(f"{name} is {list(tensor.shape)}, not {list(wanted)}")
+            placed = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+            _assign(module, name, placed)
+
+    def _unsupported(self, why: str) -> FluteError:
+        return FluteError(
+            "cannot run this architecture block by block",
+            where=f"{self.checkpoint.folder}: {type(self.model).__name__}",
+            why=why,
+            fix="use a recipe that needs no activations: --recipe fast",
+        )
+
+
+class _Catcher(nn.Module):
+    """Stands for a block: notes its arguments, hands its input on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Decoders look at attributes of their blocks, such as the kind of attention.
+        object.__setattr__(self, "_block", block)
+        self.hidden: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        self.arguments = {**kwargs, "use_cache": False, "past_key_values": None}
+        return self.hidden
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Sets a parameter or buffer by its dotted name, and every name that it is tied to."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, value)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside hold parameters without memory, but real buffers.
+
+    A plain meta device would lose the buffers that are computed, such as rotary frequencies.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _model_without_weights(checkpoint: Checkpoint) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with _parameters_on_meta():
+            config = AutoConfig.from_pretrained(checkpoint.folder)
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many kinds for a config it cannot use
+        raise FluteError(
+            "cannot build the model that config.json describes",
+            where=str(checkpoint.folder / "config.json"),
+            why=f"{type(error).__name__}: {error}",
+            fix="correct config.json, or use a recipe that needs no activations: --recipe fast",
+        ) from error

@@ -1,0 +1,159 @@
+"""Calibration activations on their way through the model, from block to block.
+
+After a block is quantized its outputs are the inputs of the next one. They are kept on disk beside
+the finished files: recomputing them after a crash would repeat all work up to there, and hardly
+ever bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flute_vllm.checkpoint import Checkpoint
+from flute_vllm.quantize.activations import observe
+from flute_vllm.quantize.blocks import BlockRunner
+from flute_vllm.quantize.calibration import NONE, Windows, cut
+from flute_vllm.quantize.journal import SCRATCH
+from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit
+from flute_vllm.quantize.state import State, Statistics
+from flute_vllm.quantize.tensor import load_group
+from flute_vllm.writer import fsync, writing
+
+logger = logging.getLogger(__name__)
+# make(group, weight, statistics, target): weight as stored, target in place of it if not None
+Make = Callable[[tuple[str, ...], torch.Tensor, Statistics, torch.Tensor | None], State]
+
+
+class ActivationStream:
+    """Windows of calibration text as hidden states before the next block to quantize.
+
+    ``hidden`` [windows, length, hidden] are those of the quantized model so far; with propagation
+    "sequential", ``dense`` are those of the original model at the same place.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, windows: Windows, device: torch.device
+    ) -> None:
+        self.checkpoint, self.plan, self.windows, self.device = checkpoint, plan, windows, device
+        self.is_sequential = plan.recipe.propagation == "sequential"
+        self._names: list[str] = []
+        self._next = 0
+
+    def start(self, folder: Path, names: Sequence[str], left: Sequence[Unit]) -> None:
+        """Runs the embeddings, or takes up the activations that an earlier run left."""
+        self._folder, self._names = folder, list(names)
+        self.runner = BlockRunner(self.checkpoint, self.device)
+        embedded = self.runner.embed(self.windows.ids)
+        self._next = len(names) - len(left)
+        if self._next == 0 or all(unit.name == OUTSIDE for unit in left):
+            self.hidden, self.dense = embedded, embedded
+            return
+        stored = load_file(self._path(self._next))
+        self.hidden = stored["hidden"]
+        self.dense = stored.get("dense", self.hidden)
+
+    def quantize_block(self, unit: Unit, make: Make) -> None:
+        """Quantizes the groups of a block with ``make`` and moves the activations past it."""
+        index, heldout = self._next, self.windows.heldout
+        leaf = {module: module.removeprefix(f"{unit.name}.") for module in unit.modules}
+        with self.runner.block(index) as block:
+            if self.is_sequential:
+                with self.runner.block(index) as dense:
+                    for group in self._in_order(block, index, unit, leaf):
+                        first = leaf[group[0]]
+                        moments = observe(
+                            self.runner, index, block, self.hidden, heldout, [first], dense,
+                            self.dense,
+                        )  # fmt: skip
+                        weight = load_group(self.checkpoint, group, self.plan.specs, self.device)
+                        target = moments.target(first, weight)
+                        state = make(group, weight, moments.statistics(first), target)
+                        self._put(block, group, leaf, state)
+                    self.dense = torch.cat(list(self.runner.run(dense, index, self.dense)))
+            else:
+                firsts = [leaf[group[0]] for group in unit.groups]
+                moments = observe(self.runner, index, block, self.hidden, heldout, firsts)
+                for group in unit.groups:
+                    statistics = moments.statistics(leaf[group[0]])
+                    state = make(
+                        group,
+                        load_group(self.checkpoint, group, self.plan.specs, self.device),
+                        statistics,
+                        None,
+                    )
+                    self._put(block, group, leaf, state)
+            self.hidden = torch.cat(list(self.runner.run(block, index, self.hidden)))
+        self._next += 1
+
+    def _in_order(
+        self, block: torch.nn.Module, index: int, unit: Unit, leaf: dict[str, str]
+    ) -> list[tuple[str, ...]]:
+        """The groups in the order in which the block runs them."""
+        by_leaf = {leaf[group[0]]: group for group in unit.groups}
+        seen: dict[str, None] = {}
+        hooks = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _module, _args, name=name: seen.setdefault(name)
+            )
+            for name in by_leaf
+        ]
+        with torch.no_grad():
+            next(self.runner.run(block, index, self.hidden[: self.runner.batch]))
+        for hook in hooks:
+            hook.remove()
+        return [by_leaf[name] for name in seen]
+
+    def _put(
+        self, block: torch.nn.Module, group: tuple[str, ...], leaf: dict[str, str], state: State
+    ) -> None:
+        """Gives the modules of a group their quantized weights."""
+        first = 0
+        for module in group:
+            linear = block.get_submodule(leaf[module])
+            rows = slice(first, first + linear.out_features)
+            linear.weight.data = state.dense(rows).to(linear.weight.dtype)
+            first = rows.stop
+
+    def save(self) -> None:
+        """Writes the activations before the next block to a file of their own."""
+        if self._next >= len(self.runner.blocks):
+            return  # nothing follows that reads them
+        tensors = {"hidden": self.hidden}
+        if self.is_sequential:
+            tensors["dense"] = self.dense
+        path = self._path(self._next)
+        with writing(path):
+            save_file(tensors, path)
+            fsync(path)
+
+    def forget_before(self, unit: str) -> None:
+        """Removes the activations that led to a unit that is now in the journal."""
+        path = self._path(self._names.index(unit))
+        with writing(path):
+            path.unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{SCRATCH}{index:05}.safetensors"
+
+
+def open_windows(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings) -> Windows | None:
+    """The calibration windows of a run; None for a recipe without data or, warned of, no text."""
+    if plan.recipe.needs == "nothing":
+        return None
+    if settings.calib == NONE:
+        logger.warning(
+            "flute: recipe %s runs without calibration (--calib none): only its data-free steps "
+            "are left", plan.recipe.name,
+        )  # fmt: skip
+        return None
+    wanted = plan.recipe.calibration.model_copy(
+        update={k: v for k in ("samples", "length") if (v := getattr(settings, k)) is not None}
+    )
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    longest = text.get("max_position_embeddings")
+    return cut(checkpoint, settings.calib, wanted, longest, settings.seed)

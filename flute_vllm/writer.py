@@ -1,0 +1,256 @@
+"""Writing checkpoint folders: shards tensor by tensor, and a folder that appears when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flute_vllm.checkpoint import DTYPE_NAMES, INDEX_NAME
+from flute_vllm.errors import FluteError
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
+MARKER = ".flute-partial"  # tells an unfinished output of ours from a folder of the user
+
+
+class AtomicFolder:
+    """Writes a checkpoint into ``<out>.partial`` and renames it when everything is on disk.
+
+    An interrupted run leaves only the ``.partial`` folder, which has no config.json until the
+    last moment, so that nothing takes it for a checkpoint; the next run replaces it.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        if self.out.exists() or self.out.is_symlink():
+            raise FluteError(
+                "output exists", where=str(self.out),
+                why="an existing folder is never overwritten",
+                fix="remove it, or choose another output path",
+            )  # fmt: skip
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._shards: dict[str, Layout] = {}
+
+    def __enter__(self) -> AtomicFolder:
+        if self.partial.exists() or self.partial.is_symlink():
+            self._remove_leftover()
+        with writing(self.partial):
+            self.partial.mkdir(parents=True)
+            (self.partial / MARKER).touch()
+        return self
+
+    def is_leftover(self) -> bool:
+        """Whether the partial folder is one that an interrupted run of ours left."""
+        return not self.partial.is_symlink() and (self.partial / MARKER).is_file()
+
+    def _remove_leftover(self) -> None:
+        """Removes what an interrupted run left, and nothing else."""
+        if not self.is_leftover():
+            raise FluteError(
+                "temporary output exists", where=str(self.partial),
+                why=f"the output is written there first, and it holds no {MARKER}, so an "
+                "interrupted run did not leave it",
+                fix="move it away, or choose another output path",
+            )  # fmt: skip
+        shutil.rmtree(self.partial)
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def reserve(self, nbytes: int) -> None:
+        """Raises FluteError now if the disk cannot hold ``nbytes`` more, not hours later."""
+        with writing(self.partial):
+            free = shutil.disk_usage(self.partial).free
+        if nbytes > free:
+            raise FluteError(
+                "not enough disk space", where=str(self.out),
+                why=f"the output needs {nbytes:,} bytes, {free:,} are free",
+                fix="free some space, or choose an output path on another disk",
+            )  # fmt: skip
+
+    @contextmanager
+    def shard(self, name: str, layout: Layout) -> Iterator[ShardWriter]:
+        """A weight file whose tensors are written one by one; see :class:`ShardWriter`.
+
+        It has its name only when it is complete and on disk.
+        """
+        path = self.partial / f"{name}.unfinished"
+        with writing(path):
+            file = path.open("wb", buffering=0)
+        with file:
+            writer = ShardWriter(self.partial / name, file, layout)
+            yield writer
+            writer.finish()
+        with writing(self.partial / name):
+            os.rename(path, self.partial / name)
+            fsync(self.partial)
+        self.count_shard(name, layout)
+
+    def count_shard(self, name: str, layout: Layout) -> None:
+        """Takes a complete weight file into the index."""
+        self._shards[name] = layout
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """One weight file from tensors in memory."""
+        layout = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+        with self.shard(name, layout) as shard:
+            for key, tensor in tensors.items():
+                shard.write(key, tensor)
+
+    def copy_extras(self, source: Path) -> None:
+        """Copies tokenizer and generation files: all small files that hold no weights."""
+        skip = {"config.json", "flute_config.json", "report.json", INDEX_NAME}
+        suffixes = {".json", ".model", ".txt", ".jinja", ".md", ".tiktoken"}
+        for file in sorted(source.iterdir()):
+            is_index = file.name.endswith(".index.json")
+            if (
+                file.is_file()
+                and file.suffix in suffixes
+                and file.name not in skip
+                and not is_index
+            ):
+                with writing(self.partial / file.name):
+                    shutil.copyfile(file, self.partial / file.name)
+                    fsync(self.partial / file.name)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        path = self.partial / name
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+            fsync(path)
+
+    def commit(self, config: dict[str, Any]) -> Path:
+        """Writes index and config.json, then renames the folder into place."""
+        self.write_index_and_config(config)
+        return self.publish()
+
+    def write_index_and_config(self, config: dict[str, Any]) -> None:
+        """What makes the folder a checkpoint; files in the order of their names."""
+        if set(self._shards) - {"model.safetensors"}:
+            files = sorted(self._shards.items())
+            index = {
+                "metadata": {"total_size": sum(layout_nbytes(layout) for _, layout in files)},
+                "weight_map": {tensor: file for file, layout in files for tensor in layout},
+            }
+            self.write_json(INDEX_NAME, index)
+        self.write_json("config.json", config)
+
+    def publish(self) -> Path:
+        """Takes the marker away and gives the folder its name."""
+        with writing(self.out):
+            (self.partial / MARKER).unlink()
+            fsync(self.partial)
+            os.rename(self.partial, self.out)
+            fsync(self.out.parent)
+        return self.out
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, in any order, never holding more than one.
+
+    All shapes are known in advance, so the header comes first and every tensor has its place.
+    Tensors lie in descending order of element size, as the safetensors library writes them:
+    otherwise an odd number of 16-bit values would leave the int32 ones after it unaligned.
+    """
+
+    def __init__(self, path: Path, file: FileIO, layout: Layout) -> None:
+        self._path, self._file, self._layout = path, file, layout
+        self._missing = set(layout)
+        header, self._offsets = _header(layout)
+        self._write_at(0, header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Stores one tensor; its shape and dtype must be those of the layout."""
+        found = (tuple(tensor.shape), tensor.dtype)
+        if name not in self._missing or found != self._layout[name]:
+            raise FluteError(
+                "internal error: unexpected tensor", where=f"{self._path}: {name}",
+                why=f"got {found}, expected {self._layout.get(name)} once",
+                fix="report this with the command that you ran",
+            )  # fmt: skip
+        self._missing.remove(name)
+        if tensor.numel():
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._write_at(self._offsets[name], memoryview(data))
+
+    def _write_at(self, offset: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        with writing(self._path):
+            self._file.seek(offset)
+            while view:  # one write call stores at most 2 GiB on Linux
+                view = view[self._file.write(view) :]
+
+    def finish(self) -> None:
+        """Puts the file on disk. Raises FluteError if a tensor of the layout was not written."""
+        if self._missing:
+            raise FluteError(
+                "internal error: tensor not written",
+                where=f"{self._path}: {min(self._missing)}",
+                why=f"{len(self._missing)} of {len(self._layout)} tensors are missing",
+                fix="report this with the command that you ran",
+            )  # fmt: skip
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+
+def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+    """The bytes in front of the data, and where in the file each tensor begins."""
+    ordered = sorted(layout, key=lambda name: -layout[name][1].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in ordered:
+        shape, dtype = layout[name]
+        end = begin + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+        begin = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    offsets = {name: start + header[name]["data_offsets"][0] for name in ordered}
+    return struct.pack("<Q", len(encoded)) + encoded, offsets
+
+
+def file_nbytes(layout: Layout) -> int:
+    """Bytes of a weight file, header included."""
+    return len(_header(layout)[0]) + layout_nbytes(layout)
+
+
+def layout_nbytes(layout: Layout) -> int:
+    """Bytes of the data of a weight file, without its header."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating system error into a FluteError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise FluteError(
+            "cannot write the output", where=str(path),
+            why=f"{error.strerror or error} (errno {error.errno})",
+            fix="check free disk space (`df -h`), quota and permissions, then run it again",
+        ) from error  # fmt: skip
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
