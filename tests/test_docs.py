@@ -30,12 +30,30 @@ def test_cpu_table_equals_the_committed_results():
 def test_gpu_table_equals_the_committed_results():
     path = "benchmarks/results/h200/kernels.json"
     rows = json.loads((ROOT / path).read_text())["rows"]
-    times = {(f"{r['family']} {r['layer']}", r["m"]): r["us_overlap"] for r in rows}
+    cells = {}
+    for row in rows:
+        us = row["us_overlap"] if row["us_overlap"] is not None else row["us"]
+        ratio = us / min(row["peers"].values())
+        cells[f"{row['family']} {row['layer']}", row["m"]] = f"{us:.1f} ({ratio:.2f})"
     table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
-    assert len(table) - 2 == len(times) / 6
+    counts = [int(name.strip().removeprefix("M=")) for name in table[0].split("|")[3:-1]]
+    assert len(table) - 2 == len({layer for layer, _ in cells})
     for line in table[2:]:
         layer, _, *values = [cell.strip() for cell in line.strip("|").split("|")]
-        assert values == [f"{times[layer, m]:.1f}" for m in (1, 2, 4, 8, 16, 32)]
+        assert values == [cells[layer, m] for m in counts]
+
+
+def test_serving_table_equals_the_committed_results():
+    path = "benchmarks/results/h200/serve.json"
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
+    expected = {
+        tuple(f"{row['decode_ms'][batch]:.2f}" for batch in ("1", "8", "32", "128"))
+        + (str(row["prefill_tok_s"]),)
+        for row in rows
+    }
+    found = {tuple(cell.strip() for cell in line.strip("|").split("|")[1:]) for line in table[2:]}
+    assert found == expected
 
 
 def test_demo_table_equals_the_committed_results():

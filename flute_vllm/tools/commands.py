@@ -1,9 +1,10 @@
-"""The commands ``doctor`` and ``bench`` of ``flute-vllm``: options and printing."""
+"""The commands ``doctor``, ``tune`` and ``bench`` of ``flute-vllm``: options and printing."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -88,9 +89,45 @@ def bench(
     _print_bench(results, tool.totals(results))
 
 
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
+    out: Annotated[
+        str | None, typer.Option(help="Tuning file; default: the one of this GPU in the package.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Largest M of each bucket; empty: all.")] = "",
+    budget_s: Annotated[float, typer.Option(help="Stop after it; run again to go on.")] = 0,
+    bits: Bits = 4,
+    group_size: Group = 128,
+) -> None:
+    """Time launches of this model's layers on this GPU; write the best to a tuning file."""
+    import torch
+
+    from flute_vllm import tuning
+    from flute_vllm.errors import FluteError
+    from flute_vllm.tools import tune as tool
+    from flute_vllm.tools.layers import parse_rows
+
+    if not torch.cuda.is_available():
+        raise FluteError(
+            "nothing to tune", where="flute-vllm tune", why="torch finds no CUDA device here",
+            fix="run it on the GPU host that will serve the model",
+        )  # fmt: skip
+    gpu = tuning.device_of(torch.device("cuda", torch.cuda.current_device()))
+    if gpu.capability != 90:
+        raise FluteError(
+            "nothing to tune", where=gpu.name,
+            why=f"its capability is {gpu.capability}; only kernels of 9.0 have measured launches",
+            fix="use the computed launches as they are",
+        )  # fmt: skip
+    path = Path(out) if out else tuning.CONFIG_FOLDER / f"{gpu.name}.json"
+    counts = parse_rows(rows) if rows else tuning.SM90_BUCKETS
+    tool.tune(_layers(model, bits, group_size), path, rows=counts, budget_s=budget_s)
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to the ``flute-vllm`` command."""
     app.command()(doctor)
+    app.command()(tune)
     app.command()(bench)
 
 

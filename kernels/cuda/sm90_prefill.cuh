@@ -3,8 +3,8 @@
 //
 // Here the tensor cores are the limit, and shared memory next to it: x is read from it for each 64
 // rows of w, the table once for each weight and block. So a block computes as much as its registers
-// hold, 256 rows of w by 192 of x: each decoded weight is used 192 times. Two warpgroups hold 128
-// rows of w each; while one half tile of 64 rows multiplies, the warpgroup decodes the next.
+// hold, 256 rows of w by 128 or 192 of x: so often is each decoded weight used. Two warpgroups hold
+// 128 rows of w each; while one half tile of 64 rows multiplies, the warpgroup decodes the next.
 // Weights are rounded to 16 bits after scaling, as dequantize does.
 #pragma once
 

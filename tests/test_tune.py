@@ -1,0 +1,58 @@
+"""The tune tool without a GPU: which launches it would time, and how it decides."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flute_vllm import tuning
+from flute_vllm.cli import app
+from flute_vllm.format import LayerSpec
+from flute_vllm.tools import tune
+from flute_vllm.tools.layers import LinearLayer
+from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
+
+LAYER = LinearLayer("o_proj", (4096,), 4096, LayerSpec(4, 128))
+
+
+@pytest.mark.parametrize("m", [16, 64, 256, 4096])
+def test_candidates_are_legal_and_always_the_same(m):
+    found = tune.candidates(LAYER, m, tuning.H200, 50)
+    assert found == tune.candidates(LAYER, m, tuning.H200, 50)
+    assert len(found) == len(set(found))
+    kernels = {entry.kernel for entry in found}
+    assert (DECODE in kernels) == (m <= tuning.MAX_ROWS)
+    assert (DENSE in kernels) == (m >= tune.DENSE_ROWS)
+    problem = sm90.Problem(4096, 4096, m, 4, 128)
+    for entry in found:
+        if entry.kernel == SM90:
+            assert sm90.launch(problem, sm90.Config(*entry.config), tuning.H200)
+
+
+def test_a_dense_weight_that_takes_too_much_memory_is_no_candidate():
+    big = LinearLayer("gate_up_proj", (57344,), 8192, LayerSpec(4, 128))
+    found = tune.candidates(big, 4096, tuning.H200, 10)
+    assert all(entry.kernel == SM90 for entry in found)
+
+
+def test_the_fastest_wins_and_the_decode_kernel_only_clearly():
+    a, b, c = Entry(16, SM90, (1,)), Entry(16, SM90, (2,)), Entry(16, DECODE, (3,))
+    times = {a: 9.0, b: 8.0, c: 7.9}
+    assert tune.best_of([a, b, c], lambda entry, _: times[entry]) == (b, 8.0)
+    times[c] = 7.0
+    assert tune.best_of([a, b, c], lambda entry, _: times[entry]) == (c, 7.0)
+
+
+def test_the_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "gpu.json"
+    tune.write(path, {"sm90": {"1,2,3,4": [2]}})
+    assert json.loads(path.read_text()) == {"sm90": {"1,2,3,4": [2]}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_gpu_the_command_says_so(tmp_path):
+    result = CliRunner().invoke(app, ["tune", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "no CUDA device" in (result.output + str(result.exception))
