@@ -87,7 +87,7 @@ def start(arguments: argparse.Namespace, run: Run) -> None:
         "engine": engine_arguments(arguments, run), "batches": arguments.batches,
         "prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps,
         "prefill": arguments.prefill, "repeats": arguments.repeats,
-        "vocabulary": MODELS[run.model]["vocab_size"],
+        "vocabulary": MODELS[run.model]["vocab_size"], "method": run.method,
         "ready": str(run.folder / "ready"), "go": str(run.folder / "go"),
     }  # fmt: skip
     (run.folder / "job.json").write_text(json.dumps(job))

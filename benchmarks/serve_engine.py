@@ -2,7 +2,7 @@
 
 The child of ``bench_serve.py``. A job has ``engine`` (arguments of vllm.LLM), ``batches``,
 ``prompt_tokens``, ``steps``, ``prefill`` (prompts, tokens of each), ``repeats``, ``vocabulary``,
-and ``ready`` and ``go``: files with which engines that start together take turns in measuring.
+``method``, and ``ready`` and ``go``: files with which engines that start together take turns.
 """
 
 from __future__ import annotations
@@ -81,7 +81,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+def require_kernels(method: str) -> None:
+    """Raises RuntimeError where ours would run as plain torch on a GPU, for minutes a token."""
+    import torch
+
+    from flute_vllm import ops
+
+    if method.startswith("flute") and torch.cuda.is_available() and not ops.has_cuda_kernels():
+        raise RuntimeError(f"no CUDA kernels in {ops.LIBRARY}; build them there or install a wheel")
+
+
 def measure(job: dict) -> dict:
+    require_kernels(job["method"])
     engine = Engine(job["engine"], job["vocabulary"])
     # The first request compiles what start-up has left; it belongs to neither figure.
     started = time.monotonic() - START
