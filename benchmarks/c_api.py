@@ -38,6 +38,7 @@ def open_library(path: str) -> ctypes.CDLL:
     """The kernels' C functions. The package's extension also needs torch, loaded before."""
     library = ctypes.CDLL(path)
     library.flute_record_words.restype = ctypes.c_int64
-    library.flute_tile_workspace.restype = ctypes.c_int64
+    if hasattr(library, "flute_tile_workspace"):  # a library of some of the kernels has none
+        library.flute_tile_workspace.restype = ctypes.c_int64
     library.flute_error_text.restype = ctypes.c_char_p
     return library
