@@ -17,13 +17,7 @@ from flute_vllm import tuning
 
 
 def device() -> tuning.Device:
-    properties = torch.cuda.get_device_properties(0)
-    return tuning.Device(
-        "h200" if "H200" in properties.name else properties.name,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        properties.major * 10 + properties.minor,
-    )
+    return tuning.device_of(torch.device("cuda", 0))
 
 
 @dataclass

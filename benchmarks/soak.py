@@ -84,7 +84,7 @@ class Server:
             )
         try:
             self._wait(limit_s)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, must not leave a server behind
             self.stop()
             raise
 

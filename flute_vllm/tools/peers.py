@@ -54,7 +54,7 @@ class Peer:
         return None
 
     def prepare(self, weight: torch.Tensor, bits: int, group_size: int) -> Prepared:
-        raise NotImplementedError
+        raise NotImplementedError(f"peer {self.name} does not say how it stores a weight")
 
     def precompile(self, layers: Iterable[Shape], limit_s: float) -> str | None:
         """Builds what the layers need; the reason where that failed or outlasted the limit."""

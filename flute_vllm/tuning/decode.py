@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
 from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device, measured
+from flute_vllm.tuning.problem import ProblemBase
 
 logger = logging.getLogger(__name__)
 
@@ -31,43 +32,12 @@ X_ROW_BYTES = 2 * TILE_K + 16
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
 
 
-@dataclass(frozen=True)
-class Problem:
-    n: int
-    k: int
-    m: int
-    bits: int
-    group_size: int
-    parts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.n <= 0 or self.k <= 0 or self.k % 32 or not 1 <= self.m <= MAX_ROWS:
-            raise FluteError(
-                f"no decode launch for m {self.m}, n {self.n}, k {self.k}",
-                where="tuning.Problem",
-                why="m must be 1..32, n positive, k a positive multiple of 32",
-                fix="use the dequantizing path",
-            )
-
-    @property
-    def part_tiles(self) -> tuple[int, ...]:
-        return tuple(math.ceil(rows / TILE_ROWS) for rows in (self.parts or (self.n,)))
-
-    @property
-    def k_tiles(self) -> int:
-        return math.ceil(self.k / TILE_K)
+class Problem(ProblemBase):
+    KERNEL, MOST_ROWS = "decode", MAX_ROWS
 
     @property
     def width(self) -> int:
         return next(bucket for bucket in BUCKETS if self.m <= bucket)
-
-    @property
-    def groups(self) -> int:
-        return TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
-
-    @property
-    def record_bytes(self) -> int:
-        return TILE_ROWS * TILE_K * self.bits // 8 + 2 * TILE_ROWS * self.groups
 
     @property
     def depth(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
 from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
+from flute_vllm.tuning.problem import ProblemBase
 
 COLUMNS = (16, 32, 64, 128)
 ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
@@ -28,37 +29,13 @@ PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
 IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
 
 
-@dataclass(frozen=True)
-class Problem:
-    n: int
-    k: int
-    m: int
-    bits: int
-    group_size: int
-    parts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.n <= 0 or self.k <= 0 or self.k % 32 or self.m < 1:
-            raise FluteError(
-                f"no Hopper launch for m {self.m}, n {self.n}, k {self.k}",
-                where="tuning.sm90.Problem",
-                why="m and n must be positive, k a positive multiple of 32",
-                fix="use the dequantizing path",
-            )
-
-    @property
-    def part_tiles(self) -> tuple[int, ...]:
-        return tuple(math.ceil(rows / TILE_ROWS) for rows in (self.parts or (self.n,)))
-
-    @property
-    def k_tiles(self) -> int:
-        return math.ceil(self.k / TILE_K)
+class Problem(ProblemBase):
+    KERNEL = "Hopper"
 
     @property
     def slot_bytes(self) -> int:
         """Of a request of weights: two records."""
-        groups = TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
-        return 2 * (TILE_ROWS * TILE_K * self.bits // 8 + 2 * TILE_ROWS * groups)
+        return 2 * self.record_bytes
 
 
 @dataclass(frozen=True)
@@ -201,8 +178,10 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
-    """What a launch takes by count of its work; constants fitted to a sweep on an H200
-    (benchmarks/NOTES.md). For choosing among configs, not for predicting."""
+    """What a launch takes by count of its work: for choosing among configs, not for predicting.
+
+    The constants are estimates after a few runs, not a fit; ``flute-vllm tune`` measures instead.
+    """
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     if config.prefill:
         waves = math.ceil(blocks / device.multiprocessors)
@@ -220,7 +199,7 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     ends = 4500 + 12 * config.columns + (1500 if config.splits > 1 else 0)
     ends += 300 * config.k_groups
     stored = problem.n * problem.k_tiles * problem.slot_bytes / 32
-    memory = stored * math.ceil(problem.m / config.columns) ** 0 / 2400
+    memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from flute_vllm.errors import FluteError
 from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
+from flute_vllm.tuning.problem import ProblemBase
 
 ROWS = 128  # of w, in a block
 TOKENS = (64, 128)  # rows of x in a block
@@ -28,36 +29,12 @@ MAX_WORKSPACE = 32 << 20
 SLOTS = {64: ((3, 4), (3, 3), (2, 3), (2, 2)), 128: ((5, 3), (4, 3), (3, 2), (2, 2))}
 
 
-@dataclass(frozen=True)
-class Problem:
-    n: int
-    k: int
-    m: int
-    bits: int
-    group_size: int
-    parts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.n <= 0 or self.k <= 0 or self.k % 32 or self.m < 1:
-            raise FluteError(
-                f"no tile launch for m {self.m}, n {self.n}, k {self.k}",
-                where="tuning.tile.Problem",
-                why="m and n must be positive, k a positive multiple of 32",
-                fix="use the dequantizing path",
-            )
+class Problem(ProblemBase):
+    KERNEL = "tile"
 
     @property
     def row_blocks(self) -> int:
         return sum(math.ceil(rows / ROWS) for rows in (self.parts or (self.n,)))
-
-    @property
-    def k_tiles(self) -> int:
-        return math.ceil(self.k / TILE_K)
-
-    @property
-    def record_bytes(self) -> int:
-        groups = TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
-        return TILE_ROWS * TILE_K * self.bits // 8 + 2 * TILE_ROWS * groups
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""What every kernel's choice starts from: the sizes of a product and the records they make."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flute_vllm.errors import FluteError
+from flute_vllm.tuning.device import TILE_K, TILE_ROWS
+
+
+@dataclass(frozen=True)
+class ProblemBase:
+    """y [m, n] = x [m, k] w [n, k]^T; ``parts``: rows of each fused matrix. Raises FluteError."""
+
+    n: int
+    k: int
+    m: int
+    bits: int
+    group_size: int
+    parts: tuple[int, ...] = ()
+
+    KERNEL: ClassVar[str]  # for messages
+    MOST_ROWS: ClassVar[int | None] = None  # of x
+
+    def __post_init__(self) -> None:
+        fits = self.MOST_ROWS is None or self.m <= self.MOST_ROWS
+        if self.n <= 0 or self.k <= 0 or self.k % 32 or self.m < 1 or not fits:
+            rows = f"1..{self.MOST_ROWS}" if self.MOST_ROWS else "positive"
+            raise FluteError(
+                f"no {self.KERNEL} launch for m {self.m}, n {self.n}, k {self.k}",
+                where=f"{type(self).__module__}.Problem",
+                why=f"m must be {rows}, n positive, k a positive multiple of 32",
+                fix="use the dequantizing path",
+            )
+
+    @property
+    def part_tiles(self) -> tuple[int, ...]:
+        return tuple(math.ceil(rows / TILE_ROWS) for rows in (self.parts or (self.n,)))
+
+    @property
+    def k_tiles(self) -> int:
+        return math.ceil(self.k / TILE_K)
+
+    @property
+    def groups(self) -> int:
+        """Of a record."""
+        return TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
+
+    @property
+    def record_bytes(self) -> int:
+        return TILE_ROWS * TILE_K * self.bits // 8 + 2 * TILE_ROWS * self.groups
