@@ -64,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, help="fewer calibration windows, for a trial run")
     parser.add_argument("--files", type=int, help="of the held-out files, for a trial run")
+    parser.add_argument("--stdlib", type=Path, help="lib/python3.11 with the texts, if not ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", default=commit(), help="where there is no git checkout")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after this")
@@ -79,9 +80,11 @@ def machine(device: str) -> str:
 class Measure:
     """The dense model, loaded once, and how far a quantized folder is from it."""
 
-    def __init__(self, model: Path, device: str, files: int | None) -> None:
+    def __init__(
+        self, model: Path, device: str, files: int | None, stdlib: Path | None = None
+    ) -> None:
         self.device = device
-        heldout = load_heldout()
+        heldout = load_heldout(stdlib)
         self.texts = list(heldout.texts.values())[:files]
         self.changed = len(heldout.changed)
         self.reference, self.tokenizer = load_model(model, device=device)
@@ -150,12 +153,13 @@ def main() -> None:
     if options.train and not (model / "config.json").is_file():
         import reference_model
 
-        reference_model.main(options.model, "--device", options.device)
+        texts = ["--stdlib", str(options.stdlib)] if options.stdlib else []
+        reference_model.main(options.model, "--device", options.device, *texts)
         model = options.model / "model"
         print(f"trained in {time.perf_counter() - started:.0f} s", flush=True)
     out = options.out or ROOT / f"benchmarks/results/{machine(options.device)}/quality.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    ruler = Measure(model, options.device, options.files)
+    ruler = Measure(model, options.device, options.files, options.stdlib)
     identity = {
         "model": hashlib.sha256(b"".join(
             p.read_bytes() for p in sorted(model.glob("*.safetensors")))).hexdigest()[:16],
