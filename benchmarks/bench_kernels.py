@@ -66,7 +66,14 @@ class Ours:
         matrix = layer.matrix
         parts = tuple(matrix.part_rows[: matrix.parts])
         return self.entry or _choice(
-            matrix.n, matrix.k, matrix.bits, matrix.group_size, parts, self.gpu, m
+            matrix.n,
+            matrix.k,
+            matrix.bits,
+            matrix.group_size,
+            parts,
+            bool(matrix.pair_table),
+            self.gpu,
+            m,
         )
 
     def __call__(self, layer: Layer, x: torch.Tensor, y: torch.Tensor, m: int) -> torch.Tensor:
@@ -75,8 +82,8 @@ class Ours:
 
 
 @functools.cache
-def _choice(n, k, bits, group, parts, gpu: tuning.Device, m: int) -> tuning.Entry:
-    found = tuning.entries(n, k, bits, group, parts, gpu, environment={})
+def _choice(n, k, bits, group, parts, pair, gpu: tuning.Device, m: int) -> tuning.Entry:
+    found = tuning.entries(n, k, bits, group, parts, gpu, pair=pair, environment={})
     return tuning.entry_of(found, m)
 
 

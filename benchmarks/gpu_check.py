@@ -65,7 +65,7 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
             full = tuning.sm90.Config(
                 columns,
                 2 if prefill else rng.choice(tuning.sm90.ROWS[columns]),
-                rng.choice((16, 32)) if prefill else rng.choice((1, 2, 3, 4, 6, 8, 9, 16, 23)),
+                8 if prefill else rng.choice((1, 2, 3, 4, 6, 8, 9, 16, 23)),
                 2 if prefill else rng.choice((1, 2, 4)), rng.choice((1, 2, 4, 8)),
                 rng.choice((1, 2, 3, 4)), rng.choice((2, 3, 4, 6)), rng.choice((0, 0, 1, 4)),
             )  # fmt: skip
@@ -103,14 +103,14 @@ def check_grid(library: Library, gpu: tuning.Device, small: bool) -> dict:
                 failures += 1
                 print("dequantize differs", bits, group, dtype, pair, parts, k)
             exact = layer.dense(torch.float32).double()
-            plan = tuning.entries(n, k, bits, group, parts, gpu, environment={})
+            plan = tuning.entries(n, k, bits, group, parts, gpu, pair=pair, environment={})
             for m in SMALL_COUNTS if small else COUNTS:
                 if m * n > 1 << 25:
                     continue
                 x = torch.randn(m, k, device="cuda").to(dtype)
                 reference = x.double() @ exact.t()
                 bound = relative_error(x @ w.t(), reference)
-                problem = (n, k, m, bits, group, parts)
+                problem = (n, k, m, bits, group, parts, pair)
                 for entry in (tuning.entry_of(plan, m), random_entry(problem, gpu, rng)):
                     y = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
                     library.run(layer, entry, x, y)

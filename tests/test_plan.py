@@ -68,6 +68,28 @@ def test_measured_entries_are_legal():
             assert sm90.complete(problem, sm90.Config(*numbers[1:]), tuning.H200), key
 
 
+@pytest.mark.parametrize("m", [129, 256, 512, 1000, 4096])
+def test_last_round_is_shared_only_where_each_tile_finds_a_cluster(m):
+    problem = sm90.Problem(4096, 4096, m, 4, 128)
+    config = sm90.complete(problem, sm90.Config(256, 2, 8, 2, 2), tuning.H200)
+    launch = sm90.launch(problem, config, tuning.H200)
+    tiles = 32 * math.ceil(m / 256)
+    left = tiles % 132
+    assert launch.cluster == (2 if 0 < left <= 66 else 1)
+    assert launch.blocks == (132 if tiles >= 132 else tiles * launch.cluster)
+
+
+def test_pair_tables_never_get_the_prefill_kernel():
+    found = tuning.entries(4096, 4096, 4, 128, (4096,), tuning.H200, pair=True, environment={})
+    hopper = [e for e in found if e.kernel == tuning.SM90]
+    assert hopper
+    assert not any(sm90.Config(*e.config).prefill for e in hopper)
+    scalar = tuning.entries(4096, 4096, 4, 128, (4096,), tuning.H200, environment={})
+    assert any(e.kernel == tuning.SM90 and sm90.Config(*e.config).prefill for e in scalar)
+    problem = sm90.Problem(4096, 4096, 512, 4, 128, pair=True)
+    assert sm90.complete(problem, sm90.Config(256, 2, 8, 2), tuning.H200) is None
+
+
 def test_blocks_cover_all_rows():
     problem = sm90.Problem(5000, 4096, 100, 4, 128, (3000, 1000, 1000))
     config = sm90.complete(problem, sm90.Config(128, 1, 12), tuning.H200)

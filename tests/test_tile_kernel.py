@@ -147,17 +147,31 @@ def cuda_include() -> Path | None:
     return next((folder for folder in folders if (folder / "cuda_fp16.h").is_file()), None)
 
 
-@pytest.mark.skipif(not shutil.which("g++") or not cuda_include(), reason="no g++ or CUDA headers")
-def test_emulated_kernel_agrees_with_plain_loops(tmp_path):
-    """tests/emulation: the kernel's own source, all but ptx.cuh, with fibers for threads."""
-    kernel = ["layout", "lut", "tile", "tile_operands", "tile_supply"]
-    sources = [ROOT / "kernels" / "cuda" / f"{name}.cuh" for name in kernel]
+def run_emulated(folder: Path, headers: list[str], program: str, *arguments: str) -> None:
+    """tests/emulation: the kernels' own sources, all but ptx.cuh, compiled for the CPU."""
+    sources = [ROOT / "kernels" / "cuda" / f"{name}.cuh" for name in headers]
     for source in [*sources, *(ROOT / "tests" / "emulation").iterdir()]:
-        shutil.copy(source, tmp_path)
+        shutil.copy(source, folder)
     includes = [f"-I{ROOT}/kernels/include", f"-I{cuda_include()}"]
-    command = ["g++", "-std=c++17", "-O1", "-w", *includes, "tile.cpp", "-o", "tile"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    command = ["g++", "-std=c++17", "-O1", "-w", *includes, f"{program}.cpp", "-o", program]
+    subprocess.run(command, cwd=folder, check=True)
     result = subprocess.run(
-        ["./tile", "0", "40"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [f"./{program}", *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") or not cuda_include(), reason="no g++ or CUDA headers"
+)
+
+
+@needs_compiler
+def test_emulated_kernel_agrees_with_plain_loops(tmp_path):
+    headers = ["layout", "lut", "tile", "tile_operands", "tile_supply"]
+    run_emulated(tmp_path, headers, "tile", "0", "40")
+
+
+@needs_compiler
+def test_table_in_registers_decodes_every_code(tmp_path):
+    run_emulated(tmp_path, ["layout", "register_lut"], "register_lut")

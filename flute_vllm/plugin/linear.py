@@ -189,7 +189,8 @@ class FluteLinearMethod(LinearMethodBase):
         torch.cuda.current_stream(records.device).synchronize()
         layer.flute_plan = tuning.plan(
             sum(layer.flute_parts), layer.flute_in_features, self.spec.bits, self.spec.group_size,
-            tuple(layer.flute_parts), tuning.device_of(records.device), overlap=1,
+            tuple(layer.flute_parts), tuning.device_of(records.device), pair=table.dim() == 3,
+            overlap=1,
         )  # fmt: skip
         return {"qweight": records, "scales": scales.new_empty(0), "table": table}
 

@@ -63,7 +63,14 @@ def ours(layer: LinearLayer, device: torch.device) -> tuple[list[Call], torch.Te
         scales = scales.new_empty(0)
         gpu = tuning.device_of(device)
         launches = tuning.plan(
-            layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu, overlap=1
+            layer.n,
+            layer.k,
+            spec.bits,
+            spec.group_size,
+            layer.parts,
+            gpu,
+            overlap=1,
+            pair=table.dim() == 3,
         )
         torch.cuda.synchronize(device)  # with overlap a launch reads ahead of earlier kernels
     count = min(copies_for(qweight.numel() * 4), MOST_COPIES)

@@ -158,7 +158,10 @@ def choose(layer: LinearLayer, m: int, gpu: tuning.Device | None) -> Choice:
     if gpu is None:
         return _choose_cpu(layer, m)
     spec = layer.spec
-    found = tuning.entries(layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu)
+    found = tuning.entries(
+        layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu,
+        pair=spec.table_kind == "pair",
+    )  # fmt: skip
     entry = tuning.entry_of(found, m)
     if entry.kernel != tuning.DECODE:
         return Choice(layer.name, m, tuning.KERNEL_NAMES[entry.kernel], entry.why, entry.config)

@@ -25,9 +25,9 @@ from flute_vllm.tools.bench import random_tensors
 from flute_vllm.tools.layers import LinearLayer
 from flute_vllm.tools.timing import copies_for, graph_us
 from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
+from flute_vllm.tuning.plan import DENSE_BYTES
 
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
-DENSE_BYTES = 256 << 20  # the most that the decoded weight may take
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 QUICK, CAREFUL, FINALISTS = 2, 7, 4  # replays of all candidates, of the best few
 

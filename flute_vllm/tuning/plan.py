@@ -19,6 +19,8 @@ from flute_vllm.tuning.device import Device, measured
 DENSE, DECODE, SM90, TILE = range(4)  # as in kernels/bindings_cuda.cpp
 KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile")
 ENTRY_NUMBERS = 10  # largest M (0: any), kernel, up to eight numbers of its config
+DENSE_BYTES = 256 << 20  # of a dequantized weight, at most
+DENSE_PAIR_ROWS = 1024
 SM90_BUCKETS = (
     *(16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     *(768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
@@ -42,9 +44,9 @@ class Entry:
 
 def entries(
     n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
-    *, overlap: int = 0, environment: Mapping[str, str] = os.environ,
+    *, pair: bool = False, overlap: int = 0, environment: Mapping[str, str] = os.environ,
 ) -> list[Entry]:  # fmt: skip
-    """The plan of a layer [n, k] whose fused matrices have ``parts`` rows.
+    """The plan of a layer [n, k] whose fused matrices have ``parts`` rows, with pair tables or not.
 
     ``overlap`` > 0 lets a launch begin before the previous kernel has finished, where the device
     and the kernel can.
@@ -68,7 +70,7 @@ def entries(
     table = measured(device.name, "sm90")
     simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)
     for m in SM90_BUCKETS:
-        problem = sm90.Problem(n, k, m, bits, group_size, parts)
+        problem = sm90.Problem(n, k, m, bits, group_size, parts, pair)
         # What is best depends little on the bit width: entries for 4 bits serve the others.
         keys = (f"{n},{k},{m},{bits}", f"{n},{k},{m},4")
         key = next((key for key in keys if key in table and simple), None)
@@ -83,6 +85,9 @@ def entries(
         config = None
         if numbers and numbers[0] == SM90:
             config = sm90.complete(problem, sm90.Config(*numbers[1:]), device)
+        if pair and config is None and m >= DENSE_PAIR_ROWS and 2 * n * k <= DENSE_BYTES:
+            found.append(Entry(m, DENSE, why="the kernel for so many rows takes no pair tables"))
+            continue
         if config is None:
             why, config = "heuristic", sm90.select(problem, device)
         found.append(Entry(m, SM90, (*config.numbers[:-1], config.overlap or overlap), why))
@@ -92,10 +97,10 @@ def entries(
 
 def plan(
     n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
-    *, overlap: int = 0,
+    *, pair: bool = False, overlap: int = 0,
 ) -> list[int]:  # fmt: skip
     """``entries`` as the list of numbers that ``flute::gemm`` takes."""
-    found = entries(n, k, bits, group_size, parts, device, overlap=overlap)
+    found = entries(n, k, bits, group_size, parts, device, pair=pair, overlap=overlap)
     return [number for entry in found for number in entry.numbers]
 
 

@@ -12,7 +12,8 @@ from flute_vllm.tuning.device import TILE_K, TILE_ROWS
 
 @dataclass(frozen=True)
 class ProblemBase:
-    """y [m, n] = x [m, k] w [n, k]^T; ``parts``: rows of each fused matrix. Raises FluteError."""
+    """y [m, n] = x [m, k] w [n, k]^T; ``parts``: rows of each fused matrix; ``pair``: a table of
+    pairs. Raises FluteError."""
 
     n: int
     k: int
@@ -20,6 +21,7 @@ class ProblemBase:
     bits: int
     group_size: int
     parts: tuple[int, ...] = ()
+    pair: bool = False
 
     KERNEL: ClassVar[str]  # for messages
     MOST_ROWS: ClassVar[int | None] = None  # of x

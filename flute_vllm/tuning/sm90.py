@@ -2,7 +2,7 @@
 
 Two kernels compute ``y[M, N] = x[M, K] w[N, K]^T`` with wgmma. ``kernels/cuda/sm90_gemm.cuh`` takes
 16 to 128 rows of x a block (``columns``), may split k, and needs 9 rows or more to be of use;
-``sm90_prefill.cuh`` takes 128 or 192. One config describes both.
+``sm90_prefill.cuh`` takes 192 or 256, for tables of single values. One config describes both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from flute_vllm.tuning.problem import ProblemBase
 
 COLUMNS = (16, 32, 64, 128)
 ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
-PREFILL_COLUMNS = (128, 192)
-PREFILL_TILES = 16  # 16-row tiles of a block and round
+PREFILL_COLUMNS = (192, 256)
+PREFILL_TILES = 8  # 16-row tiles of a block
+PREFILL_GROUPS = 2  # warpgroups of a block that multiply
 WARPGROUPS = 4
 MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
 BARRIER_BYTES = 16 * MAX_STAGES * 8 + WARPGROUPS * MAX_X_STAGES * 16
 RESERVED = 1024  # of a block's shared memory, before its first byte
-PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
+PREFILL_STAGES = 8  # of weights and of x, at most
+PREFILL_BARRIER_BYTES = 1024
+PREFILL_STAGED_BYTES = 2 * 32 * 144  # sums of a warpgroup on their way out
 IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
 
 
@@ -40,8 +43,9 @@ class Problem(ProblemBase):
 
 @dataclass(frozen=True)
 class Config:
-    """``FluteSm90Config``, field by field. In the prefill kernel ``splits`` counts the tiles of x
-    that run side by side, ``stages`` the requests of weights."""
+    """``FluteSm90Config``, field by field. In the prefill kernel ``splits`` are the blocks that
+    share a tile of y in the last round, ``stages`` the requests of weights, ``x_stages`` halves of
+    a k tile of x; ``rows`` is 2, which tells it from the other one, and ``row_groups`` 2."""
 
     columns: int
     rows: int
@@ -82,23 +86,34 @@ def _blocks_of_rows(problem: Problem, config: Config) -> int:
 
 
 def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch | None:
-    rings = PREFILL_BARRIER_BYTES + 8 * config.stages * problem.slot_bytes
-    box = config.columns * 128
-    total = TABLE_OFFSET - RESERVED + TABLE_BYTES + config.x_stages * box
+    x_bytes = config.x_stages * config.columns * TILE_K
+    rings = 4 * config.stages * problem.slot_bytes
+    total = PREFILL_BARRIER_BYTES + x_bytes + PREFILL_GROUPS * (PREFILL_STAGED_BYTES + rings)
+    sums = PREFILL_GROUPS * 64 * config.columns * 4
     if (
-        config.row_tiles < PREFILL_TILES
-        or config.row_tiles % PREFILL_TILES
-        or config.row_groups != 2
-        or config.rows != 2
-        or config.splits < 1
-        or not 2 <= config.stages <= MAX_STAGES
-        or not 3 <= config.x_stages <= MAX_X_STAGES
-        or rings > TABLE_OFFSET - RESERVED
+        problem.pair
+        or config.row_tiles != PREFILL_TILES
+        or config.row_groups != PREFILL_GROUPS
+        or config.splits not in (1, 2, 4)
+        or not 1 <= config.stages <= PREFILL_STAGES
+        or not 3 <= config.x_stages <= PREFILL_STAGES
+        or (config.splits > 1 and sums > x_bytes)
         or total > device.shared_bytes
     ):
         return None
-    blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
-    return Launch(blocks, total, 1)
+    whole, left, cluster = _prefill_rounds(problem, config, device)
+    blocks = device.blocks_at_once(cluster)
+    return Launch(blocks if whole else min(blocks, left * cluster), total, cluster)
+
+
+def _prefill_rounds(problem: Problem, config: Config, device: Device) -> tuple[int, int, int]:
+    """Rounds of all blocks, tiles of y left for the last one, blocks that share one of these."""
+    tiles = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
+    for cluster in (config.splits, 1):
+        whole, left = divmod(tiles, device.blocks_at_once(cluster))
+        if cluster > 1 and 0 < left <= device.blocks_at_once(cluster) // cluster:
+            break
+    return whole, left, cluster
 
 
 def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
@@ -138,8 +153,8 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     Two requests of weights a warp, or about 100 KB; then as much of x as fits.
     """
     if config.prefill:
-        wanted = (config.stages,) if config.stages else (4, 3, 2)
-        x_wanted = (config.x_stages,) if config.x_stages else (6, 4, 3)
+        wanted = (config.stages,) if config.stages else (2, 3, 1)
+        x_wanted = (config.x_stages,) if config.x_stages else (8, 7, 6, 5, 4, 3)
     else:
         most = IN_FLIGHT // (16 * problem.slot_bytes)
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
@@ -156,9 +171,10 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     """Configs worth a look, incomplete: blocks that fill the device a whole number of times."""
     tiles = sum(problem.part_tiles)
     if problem.m > 128:
-        for columns, rounds in itertools.product(PREFILL_COLUMNS, (1, 2, 3, 4)):
-            side = min(8, math.ceil(problem.m / columns))
-            yield Config(columns, 2, PREFILL_TILES * rounds, 2, side)
+        for columns, splits in itertools.product(PREFILL_COLUMNS, (1, 2, 4)):
+            config = Config(columns, 2, PREFILL_TILES, PREFILL_GROUPS, splits)
+            if splits in (1, _prefill_rounds(problem, config, device)[2]):
+                yield config
     fitting = [c for c in COLUMNS if c < 2 * problem.m] or [COLUMNS[0]]
     for columns in fitting[-2:]:
         x_tiles = math.ceil(problem.m / columns)
@@ -182,11 +198,11 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
 
     The constants are estimates after a few runs, not a fit; ``flute-vllm tune`` measures instead.
     """
-    blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     if config.prefill:
-        waves = math.ceil(blocks / device.multiprocessors)
-        rounds = config.row_tiles / PREFILL_TILES
-        return waves * (rounds * (problem.k_tiles * 17.5 * config.columns + 4000) + 6000)
+        whole, left, cluster = _prefill_rounds(problem, config, device)
+        tile = problem.k_tiles * (900 + 5 * config.columns) + 3000
+        return (whole + (left > 0) / cluster) * tile + 6000 + (6000 if cluster > 1 else 0)
+    blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = config.row_tiles / 4

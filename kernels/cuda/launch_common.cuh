@@ -21,10 +21,13 @@ inline int log2_of(int power) {
 
 // The current device, and which of the compiled versions of a kernel it runs.
 struct DeviceLimits {
-  int device = 0, shared_limit = 0, ptx_version = 0;
+  int device = 0, shared_limit = 0, multiprocessors = 0, ptx_version = 0;
 
   int load() {
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const cudaError_t error =
+            cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
+      return error;
     return cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   // `versions`: of this kernel, one for each device; asked and prepared once.
@@ -40,6 +43,26 @@ struct DeviceLimits {
     if (error != cudaSuccess) return error;
     ptx_version = code.ptxVersion;
     if (device < kMaxDevices) versions[device].store(ptx_version, std::memory_order_relaxed);
+    return 0;
+  }
+  int slot() const { return device < kMaxDevices ? device : 0; }
+  // Clusters of `size` blocks that the device runs at once; asked once and `known` from then on.
+  template <typename Kernel>
+  int clusters_at_once(Kernel* kernel, int threads, int shared_bytes, int size,
+                       std::atomic<int>& known, int* clusters) const {
+    *clusters = known.load(std::memory_order_relaxed);
+    if (*clusters > 0) return 0;
+    cudaLaunchConfig_t launch = {};
+    launch.gridDim = dim3(size), launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = shared_bytes;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    launch.attrs = &attribute, launch.numAttrs = 1;
+    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launch))
+      return error;
+    if (*clusters < 1) return kBadConfig;
+    known.store(*clusters, std::memory_order_relaxed);
     return 0;
   }
 };

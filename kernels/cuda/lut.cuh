@@ -120,6 +120,10 @@ struct Codes<2> {
     const uint2 q = load_shared2(record + lane * 16 + half * 8);
     word[2 * half] = q.x, word[2 * half + 1] = q.y;
   }
+  // bits 2 and 3 of each nibble are another fragment's
+  __device__ __forceinline__ uint32_t nibbles(int f) const {
+    return f & 1 ? word[f / 2] >> 2 : word[f / 2];
+  }
 };
 
 template <>

@@ -134,8 +134,8 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
     FLUTE_CASE(32, 2);
     FLUTE_CASE(64, 1);
     FLUTE_CASE(128, 1);
-    FLUTE_CASE(128, 2);
     FLUTE_CASE(192, 2);
+    FLUTE_CASE(256, 2);
   }
 #undef FLUTE_CASE
   return kBadConfig;

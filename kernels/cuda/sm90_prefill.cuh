@@ -1,20 +1,28 @@
 // y[m, n] = x[m, k] * w[n, k]^T on Hopper for hundreds of rows of x and more, w in the internal
 // layout.
 //
-// Here the tensor cores are the limit, and shared memory next to it: x is read from it for each 64
-// rows of w, the table once for each weight and block. So a block computes as much as its registers
-// hold, 256 rows of w by 128 or 192 of x: so often is each decoded weight used. Two warpgroups hold
-// 128 rows of w each; while one half tile of 64 rows multiplies, the warpgroup decodes the next.
-// Weights are rounded to 16 bits after scaling, as dequantize does.
+// Here the tensor cores are the limit, and shared memory next to it: x is written there once for
+// each tile of y and read again for each 64 rows of w. So nothing else is kept there but the codes
+// on their way: the table lies in registers (register_lut.cuh). Two warpgroups decode and multiply,
+// a third brings weights and x ahead of them. A block computes one tile of y after another, so that
+// the loads of the next run while the sums of the last are written, and the two warpgroups may
+// drift apart by the x that is there: one multiplies while the other decodes or writes. Weights are
+// rounded to 16 bits after scaling, as dequantize does.
 #pragma once
 
+#include <type_traits>
+
+#include "register_lut.cuh"
 #include "sm90_products.cuh"
 
 namespace flute {
 
-constexpr int kPrefillRows = 256;  // of w, in one round of a block
-constexpr int kPrefillWarps = 8;
-constexpr int kPrefillBarrierBytes = (kPrefillWarps * kMaxSlots + 2 * kMaxXStages) * 8;
+constexpr int kPrefillGroups = 2;  // warpgroups that multiply
+constexpr int kPrefillThreads = (kPrefillGroups + 1) * 128;
+constexpr int kPrefillStages = 8;           // at most, of weights and of x
+constexpr int kPrefillBarrierBytes = 1024;  // x, which follows, is aligned to as much
+constexpr int kStagedPitch = 64 * 2 + 16;   // bytes of a column of sums; without bank conflicts
+constexpr int kStagedBytes = 2 * 32 * kStagedPitch;  // of a warpgroup: twice 32 columns
 
 // What a launch needs; filled by sm90_prefill_launch.cuh.
 struct PrefillParams {
@@ -22,12 +30,15 @@ struct PrefillParams {
   const uint8_t* table;
   void* y;
   int m, n, k_tiles;
-  int table_bytes;  // of one part
-  bool pair_table;
-  int row_tiles;  // 16-row tiles of a block: 16 for each round
-  int slots;      // requests of weights of a warp
-  int x_stages;
-  int x_offset;  // from the start of shared memory
+  int table_bytes;          // of one part
+  int row_tiles;            // 16-row tiles of a block
+  int x_tiles;              // tiles of x, each kColumns rows
+  int side;                 // of them, next to each other in the order of tiles of y
+  int tiles;                // of y
+  int whole;                // of them, computed by one block each; clusters share the others
+  int splits_log2;          // blocks of a cluster
+  int slots, x_stages;      // of weights, for each warpgroup, and of x
+  int staged_at, slots_at;  // from the start of shared memory
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
 };
@@ -38,171 +49,363 @@ struct PrefillShape {
   static constexpr int kBits = Bits_;
   static constexpr int kColumns = Columns_;
   static constexpr int kGroups = Groups_;
-  static constexpr int kThreads = kPrefillWarps * 32;
   static constexpr int kDepth = 2;  // k tiles of a request of weights
-  static constexpr int kRows = 2;   // 64-row tiles of a warpgroup side by side
+  static constexpr int kStep = 4;   // k tiles of a turn of the main loop
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
-  static constexpr int kSlot = kDepth * kRecord;
-  static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;
-  static constexpr int kXBoxes = 1;
-  static constexpr int kXStage = kBoxBytes;
+  static constexpr int kRequest = kDepth * kRecord;
+  static constexpr int kSlot = 4 * kRequest;
+  static constexpr int kXStage = Columns_ * kSwizzleRowBytes;  // 64 columns of k
+  static constexpr int kSumsBytes = kPrefillGroups * 64 * Columns_ * 4;
+};
+
+// What this block does in one round of all blocks: a tile of y, or a share of its k. In the last
+// round, when there are few tiles left, the blocks of a cluster share one, and add up their sums.
+//
+// Blocks that run at once share some rows of x and some of w, so that L2 holds both: `side` tiles
+// of x side by side, then the next rows of w; at last the next tiles of x.
+struct Work {
+  int block, column0;  // rows of w as BlockRows counts them, first row of x
+  int begin, end;      // k tiles
+  bool exists, shared;
+
+  __device__ __forceinline__ Work(const PrefillParams& p, int round, int columns) {
+    int index = round * gridDim.x + blockIdx.x;
+    shared = p.splits_log2 > 0 && index >= p.whole;
+    begin = 0, end = p.k_tiles;
+    if (shared) {
+      const int rank = blockIdx.x & ((1 << p.splits_log2) - 1);
+      begin = p.k_tiles * rank >> p.splits_log2, end = p.k_tiles * (rank + 1) >> p.splits_log2;
+      index += (blockIdx.x >> p.splits_log2) - blockIdx.x;
+    }
+    exists = index < p.tiles;
+    const int blocks = p.first_block[p.parts.count];
+    const int band = index / (p.side * blocks), first = band * p.side;
+    const int side = min(p.side, p.x_tiles - first), in_band = index - first * blocks;
+    block = in_band / side;
+    column0 = (first + in_band - block * side) * columns;
+  }
 };
 
 #if FLUTE_HAS_WGMMA
-// Two times 64 rows of w by kColumns rows of x.
-template <typename Shape>
-struct WideProducts {
-  using T = typename Shape::T;
-  float sums[2][Shape::kColumns / 2];
-  uint32_t a[2][4][4];               // decoded, half a tile of each row
-  uint32_t word[2][Shape::kGroups];  // scales
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-#pragma unroll
-      for (int i = 0; i < Shape::kColumns / 2; i++) sums[r][i] = 0;
+// A ring of slots in shared memory: the next one, and the phase of its barriers.
+struct RingPlace {
+  int slots, slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ explicit RingPlace(int count) : slots(count) {}
+  __device__ __forceinline__ void advance() {
+    if (++slot == slots) slot = 0, phase ^= 1;
   }
+};
 
-  // A k tile of both rows: `record(r)` says where its records are. `take` waits for the x of the
-  // next half and returns its address, `multiplied` runs when the half before has been multiplied,
-  // `decoded(r)` when the codes of a row have been used.
-  template <typename Record, typename Take, typename Multiplied, typename Decoded>
-  __device__ __forceinline__ void tile(const Decoder<Shape::kBits>& decoder, int lane,
-                                       Record record, Take take, Multiplied multiplied,
-                                       Decoded decoded) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint32_t x = take();
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const uint32_t from = record(r);
-        Codes<Shape::kBits> codes;
-        if (half == 0) {
-          const uint32_t at = from + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
-#pragma unroll
-          for (int i = 0; i < Shape::kGroups; i++) word[r][i] = load_shared(at + i * 4);
-        }
-        codes.load_half(from, half, lane);
-        wgmma_wait<1>();  // the products that use a[r] are done
-        if (r == 1) multiplied();
-#pragma unroll
-        for (int f = 0; f < 4; f += 2)
-          decoder.decode(a[r][f], a[r][f + 1], codes, 2 * half + f / 2);
-        apply_scales<T>(a[r], word[r], 4 * half);
-        if (half == 1) decoded(r);
-        multiply_box<T, Shape::kColumns>(sums[r], a[r], x, true);
+// Barriers of the rings: filled and emptied, of each warpgroup's weights, then of x.
+struct PrefillBarriers {
+  uint32_t base;
+  __device__ __forceinline__ uint32_t filled(int group, int slot) const {
+    return base + (group * 2 * kPrefillStages + slot) * 8;
+  }
+  __device__ __forceinline__ uint32_t emptied(int group, int slot) const {
+    return filled(group, slot) + kPrefillStages * 8;
+  }
+  static constexpr int kX = kPrefillGroups;  // instead of a warpgroup
+};
+
+// One warp brings all x of this block.
+template <typename Shape>
+__device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMap* map,
+                                        PrefillBarriers barriers, uint32_t x_at, int lane) {
+  RingPlace at(p.x_stages);
+  for (int round = 0;; round++) {
+    const Work work(p, round, Shape::kColumns);
+    if (!work.exists) break;
+#pragma unroll 1
+    for (int i = 2 * work.begin; i < 2 * work.end; i++, at.advance()) {
+      const uint32_t filled = barriers.filled(barriers.kX, at.slot);
+      barrier_wait(barriers.emptied(barriers.kX, at.slot), at.phase ^ 1);
+      if (lane == 0) {
+        barrier_expect(filled, Shape::kXStage);
+        tensor_copy(x_at + at.slot * Shape::kXStage, map, i * kSwizzleColumns, work.column0,
+                    filled);
       }
     }
   }
+}
+
+// One warp brings all weights of one warpgroup: two k tiles of each of its 64-row tiles, then the
+// next two. Lane i brings those of its warp i; row tiles behind the last one are left out.
+template <typename Shape>
+__device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBarriers barriers,
+                                              uint32_t slots_at, int group, int lane) {
+  RingPlace at(p.slots);
+  const uint64_t policy = evict_first_policy();
+  for (int round = 0;; round++) {
+    const Work work(p, round, Shape::kColumns);
+    if (!work.exists) break;
+    const BlockRows block(p, work.block);
+    const int tile = group * 4 + lane;
+#pragma unroll 1
+    for (int k_tile = work.begin; k_tile < work.end; k_tile += Shape::kDepth, at.advance()) {
+      const int bytes = min(Shape::kDepth, work.end - k_tile) * Shape::kRecord;
+      const uint32_t filled = barriers.filled(group, at.slot);
+      barrier_wait(barriers.emptied(group, at.slot), at.phase ^ 1);
+      if (lane < 4 && tile < block.tiles) {
+        const int64_t record = static_cast<int64_t>(block.first_tile + tile) * p.k_tiles + k_tile;
+        bulk_copy(slots_at + at.slot * Shape::kSlot + lane * Shape::kRequest,
+                  p.records + record * Shape::kRecord, bytes, filled, policy);
+      } else if (lane < 4) {
+        barrier_arrive(filled);
+      }
+    }
+  }
+}
+
+// What a warpgroup computes: 64 rows of w by kColumns rows of x.
+template <typename Shape>
+struct WideProducts {
+  using T = typename Shape::T;
+  float sums[Shape::kColumns / 2];
+  uint32_t a[2][4][4];            // decoded halves of a k tile: this one and the one before
+  uint32_t word[Shape::kGroups];  // scales
+  RegisterTable<Shape::kBits> table;
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Shape::kColumns / 2; i++) sums[i] = 0;
+  }
+
+  // KTiles k tiles, half by half: while one multiplies, the next is decoded. `record(i)` waits for
+  // the codes of k tile i and says where they are, `decoded` gives a request of them back; `take`
+  // waits for the x of the next half and returns its address, `release(i)` gives that of half i
+  // back.
+  template <int KTiles, typename Record, typename Decoded, typename Take, typename Release>
+  __device__ __forceinline__ void step(int lane, Record record, Decoded decoded, Take take,
+                                       Release release) {
+    uint32_t from = 0;
+    for_constants<2 * KTiles>([&](auto constant) {
+      constexpr int unit = decltype(constant)::value, half = unit % 2;
+      if constexpr (half == 0) {
+        from = record(unit / 2);
+        const uint32_t at = from + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
+#pragma unroll
+        for (int i = 0; i < Shape::kGroups; i++) word[i] = load_shared(at + i * 4);
+      }
+      Codes<Shape::kBits> codes;
+      codes.load_half(from, half, lane);
+      wgmma_wait<1>();  // all products are done but the last one
+      if constexpr (unit >= 2) release(unit - 2);
+#pragma unroll
+      for (int f = 0; f < 4; f++) table.decode(a[half][f], codes.nibbles(4 * half + f));
+      apply_scales<T>(a[half], word, 4 * half);
+      if constexpr (half == 1 &&
+                    (unit / 2 % Shape::kDepth == Shape::kDepth - 1 || unit == 2 * KTiles - 1))
+        decoded();
+      multiply_box<T, Shape::kColumns>(sums, a[half], take(), true);
+    });
+    // Products may not be under way across a turn of the loop: ptxas then lets none overlap.
+    wgmma_wait<0>();
+    pin(sums);
+    release(2 * KTiles - 2);
+    release(2 * KTiles - 1);
+  }
 };
+
+// Sums of 64 rows of w to y [columns, n], of which `rows` and `columns` are inside. They pass
+// through shared memory, 32 columns at a time, so that a column is written as one whole line:
+// straight from the registers it was sixteen bytes, and writing took as long as multiplying by 250
+// columns of k.
+template <typename T, int Count>
+__device__ __forceinline__ void write_tile(const float (&sums)[Count], T* y, int64_t n, int rows,
+                                           int columns, bool aligned, uint32_t staged, int group) {
+  constexpr int kHalf = 16;  // columns that a warp stores, and the warpgroup writes, at once
+  const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+  const uint32_t to =
+      staged + (lane / 16 * 8 + lane % 8) * kStagedPitch + warp * 32 + lane / 8 % 2 * 16;
+  const int row = thread % 8 * 8;
+  const uint32_t from = staged + thread / 8 * kStagedPitch + row * 2;
+  T* at = y + thread / 8 * n + row;
+  int left = columns - thread / 8;
+#pragma unroll
+  for (int i = 0; i < 2 * Count / kHalf; i++, at += kHalf * n, left -= kHalf) {
+    const uint32_t buffer = i % 4 * (kHalf * kStagedPitch);
+    if (i % 2 == 0) {
+      if (i * kHalf >= columns) break;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        uint32_t r[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float* pair = sums + 8 * (i + half) + 2 * j;
+          r[j] = narrow_pair<T>(pair[0], pair[1]);
+        }
+        store_transposed(to + buffer + half * kHalf * kStagedPitch, r);
+      }
+      warps_sync(1 + group, 4);
+    }
+    if (left <= 0 || row >= rows) continue;
+    const uint4 values = load_shared4(from + buffer);
+    if (aligned && row + 8 <= rows) {
+      *reinterpret_cast<uint4*>(at) = values;
+      continue;
+    }
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      if (row + j < rows)
+        reinterpret_cast<uint16_t*>(at)[j] = static_cast<uint16_t>(words[j / 2] >> (j & 1) * 16);
+  }
+  warps_sync(1 + group, 4);  // the next tile's sums may come
+}
+
+// Adds up the sums of a cluster's blocks; each block finishes a share of the columns. `at`: this
+// warpgroup's room in every block's shared memory. `finish` gets the sums and their first column.
+template <int Splits, int Count, typename Finish>
+__device__ __forceinline__ void share_sums(const float (&sums)[Count], uint32_t at, Finish finish) {
+  constexpr int kOwn = Count / Splits, kQuad = 128 * 16;
+  const int rank = cluster_rank();
+  at += threadIdx.x % 128 * 16;
+  auto store = [&](int to, const float* v) {
+    store_shared_float4(at + to * kQuad, make_float4(v[0], v[1], v[2], v[3]));
+  };
+  float own[kOwn];
+  if constexpr (Splits == 2) {  // what is not for itself, a block stores for the other
+    float other[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+      own[i] = rank ? sums[kOwn + i] : sums[i];
+      other[i] = rank ? sums[i] : sums[kOwn + i];
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn / 4; i++) store(i, other + 4 * i);
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < kOwn / 4; i++) {
+      const float4 sum = load_cluster_float4(at + i * kQuad, rank ^ 1);
+      own[4 * i] += sum.x, own[4 * i + 1] += sum.y, own[4 * i + 2] += sum.z,
+          own[4 * i + 3] += sum.w;
+    }
+  } else {  // all in the order of ranks
+#pragma unroll
+    for (int i = 0; i < Count / 4; i++) store(i, sums + 4 * i);
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < kOwn / 4; i++) {
+      const uint32_t from = at + (rank * (kOwn / 4) + i) * kQuad;
+      float4 sum = load_cluster_float4(from, 0);
+#pragma unroll
+      for (int other = 1; other < Splits; other++) add(sum, load_cluster_float4(from, other));
+      own[4 * i] = sum.x, own[4 * i + 1] = sum.y, own[4 * i + 2] = sum.z, own[4 * i + 3] = sum.w;
+    }
+  }
+  cluster_sync();  // no block leaves while another reads its sums
+  finish(own, rank * kOwn * 2);
+}
 #endif
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(kPrefillThreads, 1)
     sm90_prefill_kernel(const __grid_constant__ PrefillParams p,
                         const __grid_constant__ CUtensorMap x_map) {
 #if FLUTE_HAS_WGMMA
   using T = typename Shape::T;
   extern __shared__ uint8_t shared[];
-  const int thread = threadIdx.x, lane = thread % 32;
-  const int warp = __shfl_sync(~0u, thread / 32, 0);
-  const int group = warp / 4, quarter = warp % 4;
-  const int column0 = (blockIdx.z * gridDim.x + blockIdx.x) * Shape::kColumns;
-  if (column0 >= p.m) return;
-  const BlockRows block(p, blockIdx.y);
-  const int rounds = ceil_div(block.tiles, kPrefillRows / kTileRows);
-  // Row tile r of this warp and round: 64 rows of each of the two warpgroups, then again.
-  auto tile_of = [&](int round, int r) { return round * 16 + r * 8 + group * 4 + quarter; };
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int group = warp / 4;
 
-  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
-  TableFill<Shape::kBits, Shape::kThreads> fill;
-  fill.load(part_table, p.pair_table);
+  // Shared memory: barriers | x | sums on their way out | weights of each warpgroup.
+  const uint32_t base = shared_address(shared), x_at = base + kPrefillBarrierBytes;
+  const PrefillBarriers barriers{base};
+  auto slots_of = [&](int g) { return base + p.slots_at + g * p.slots * Shape::kSlot; };
 
-  // Shared memory: barriers, rings of weights | table | x.
-  const uint32_t base = shared_address(shared);
-  const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
-  const uint32_t tile_step = p.k_tiles * (Shape::kRecord / 16);
-  RecordRing<Shape> ring;
-  ring.barriers = base + warp * kMaxSlots * 8;
-  ring.slots_at = base + kPrefillBarrierBytes + warp * p.slots * Shape::kSlot;
-  ring.next = (block.first_tile + tile_of(0, 0)) * tile_step;
-  ring.row_step = 8 * tile_step, ring.round_step = 15 * tile_step;
-  ring.k_tiles = ring.k_left = p.k_tiles;
-  ring.row = ring.slot = 0, ring.rounds_left = rounds;
-  ring.tile = group, ring.tile_step = 2, ring.whole = (block.tiles - quarter + 3) / 4;
-  ring.slots = p.slots, ring.phase = 0;
-  ring.policy = evict_first_policy();
-
-  XRing<Shape> x;
-  x.filled = base + kPrefillWarps * kMaxSlots * 8, x.emptied = x.filled + kMaxXStages * 8;
-  x.at = base + p.x_offset;
-  x.map = &x_map, x.stages = p.x_stages, x.lag = 1;
-  x.column = 0, x.row = column0, x.length = 2 * p.k_tiles;
-  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * x.length;
-  const bool brings_x = warp == 0;
-
-  if (lane < p.slots) barrier_init(ring.barrier(lane), 1);
-  if (brings_x && lane == 0) {
-    tensor_map_prefetch(&x_map);
-    for (int i = 0; i < p.x_stages; i++) {
-      barrier_init(x.filled + i * 8, 1);
-      barrier_init(x.emptied + i * 8, kPrefillWarps);
+  if (threadIdx.x < kPrefillStages) {
+    for (int g = 0; g < kPrefillGroups; g++) {
+      barrier_init(barriers.filled(g, threadIdx.x), 4);
+      barrier_init(barriers.emptied(g, threadIdx.x), 4);
     }
+    barrier_init(barriers.filled(barriers.kX, threadIdx.x), 1);
+    barrier_init(barriers.emptied(barriers.kX, threadIdx.x), kPrefillGroups * 4);
+    barrier_init_fence();
   }
-  barrier_init_fence();
-  __syncwarp();
-#pragma unroll 1
-  for (int i = 0; i < p.slots; i++) ring.request(p.records, i, lane);
+  __syncthreads();
   allow_next_launch();
-  wait_for_previous_launch();
-  if (brings_x) x.start(lane);
-  fill.store(table);
-  __syncthreads();  // barriers of x, and the table
 
-  const Decoder<Shape::kBits> decoder(table, lane);
+  if (group == kPrefillGroups) {
+    give_registers<24>();
+    const int job = warp % 4;
+    if (job < kPrefillGroups) {  // weights do not depend on the previous kernel
+      bring_weights<Shape>(p, barriers, slots_of(job), job, lane);
+    } else if (job == kPrefillGroups) {
+      tensor_map_prefetch(&x_map);
+      wait_for_previous_launch();
+      bring_x<Shape>(p, &x_map, barriers, x_at, lane);
+    }
+    return;
+  }
+
+  take_registers<240>();
   WideProducts<Shape> products;
-  T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + block.first_row;
-  const int columns = min(Shape::kColumns, p.m - column0);
-  for (int round = 0; round < rounds; round++) {
+  RingPlace slot(p.slots), stage(p.x_stages);
+  int part = -1;
+  for (int round = 0;; round++) {
+    const Work work(p, round, Shape::kColumns);
+    if (!work.exists) break;
+    const BlockRows block(p, work.block);
+    if (block.part != part) {
+      part = block.part;
+      products.table.load(p.table + static_cast<int64_t>(part) * p.table_bytes);
+    }
     products.clear();
+    int k_left = work.end - work.begin;
+    uint32_t codes_at = 0, halves[2 * Shape::kStep];
+    int taken = 0;
+    auto record = [&](int i) {
+      if (i % Shape::kDepth == 0) barrier_wait(barriers.filled(group, slot.slot), slot.phase);
+      codes_at = slots_of(group) + slot.slot * Shape::kSlot + warp % 4 * Shape::kRequest;
+      return codes_at + i % Shape::kDepth * Shape::kRecord;
+    };
+    auto decoded = [&] {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(barriers.emptied(group, slot.slot));
+      slot.advance();
+    };
+    auto take = [&] {
+      barrier_wait(barriers.filled(barriers.kX, stage.slot), stage.phase);
+      const uint32_t x = x_at + stage.slot * Shape::kXStage;
+      halves[taken++] = barriers.emptied(barriers.kX, stage.slot);
+      stage.advance();
+      return x;
+    };
+    auto release = [&](int half) {
+      if (lane == 0) barrier_arrive(halves[half]);
+    };
+    auto step = [&](auto k_tiles) {
+      taken = 0;
+      products.template step<decltype(k_tiles)::value>(lane, record, decoded, take, release);
+      k_left -= k_tiles;
+    };
 #pragma unroll 1
-    for (int k_tile = 0; k_tile < p.k_tiles; k_tile += 2) {
-      const uint32_t slot0 = ring.take(), slot1 = ring.take_second();
-      int taken = 0, before = 0;
-      bool first = true;
-      auto take = [&] {
-        before = taken, taken = x.take();
-        return x.address(taken);
-      };
-      auto record = [&](int r) { return r ? slot1 : slot0; };
-      products.tile(
-          decoder, lane, record, take,
-          [&] {
-            if (!first) x.release(before, lane, brings_x);
-            first = false;
-          },
-          [](int) {});
-      auto free_slot = [&](int) { ring.free(p.records, lane); };
-      if (k_tile + 1 < p.k_tiles) {
-        products.tile(
-            decoder, lane, [&](int r) { return record(r) + Shape::kRecord; }, take,
-            [&] { x.release(before, lane, brings_x); }, free_slot);
-      } else {
-        free_slot(0);
-        free_slot(1);
-      }
-      wgmma_wait<0>();
-      pin(products.sums[0]);
-      pin(products.sums[1]);
-      x.release(taken, lane, brings_x);
+    while (k_left >= Shape::kStep) step(std::integral_constant<int, Shape::kStep>());
+#pragma unroll 1
+    while (k_left >= 2) step(std::integral_constant<int, 2>());
+    if (k_left == 1) step(std::integral_constant<int, 1>());
+
+    T* y = static_cast<T*>(p.y) + static_cast<int64_t>(work.column0) * p.n + block.first_row;
+    const int columns = min(Shape::kColumns, p.m - work.column0);
+    const uint32_t staged = base + p.staged_at + group * kStagedBytes;
+    const bool aligned = ((p.n | block.first_row) & 7) == 0;
+    auto write = [&](auto& sums, int first) {
+      write_tile<T>(sums, y + group * 64 + static_cast<int64_t>(first) * p.n, p.n,
+                    block.rows - group * 64, columns - first, aligned, staged, group);
+    };
+    if (!work.shared) {
+      write(products.sums, 0);
+      continue;
     }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = tile_of(round, r) * kTileRows;
-      write_sums(products.sums[r], y + row, p.n, block.rows - row, columns,
-                 ((p.n | block.first_row | block.rows) & 1) == 0, lane);
-    }
+    warps_sync(1 + kPrefillGroups, kPrefillGroups * 4);  // the last round: x is done with
+    const uint32_t at = x_at + group * Shape::kColumns * 64 * 4;
+    if (p.splits_log2 == 1)
+      share_sums<2>(products.sums, at, write);
+    else
+      share_sums<4>(products.sums, at, write);
   }
 #endif
 }

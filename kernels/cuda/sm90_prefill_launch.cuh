@@ -6,6 +6,8 @@
 
 namespace flute {
 
+constexpr int kPrefillSide = 8;  // tiles of x side by side, at most
+
 template <typename Shape>
 int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& config, int m,
                          const void* x, const void* records, const void* table, void* y,
@@ -16,39 +18,56 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   if (const int error = device.prepare(sm90_prefill_kernel<Shape>, prepared)) return error;
   if (device.ptx_version != 90) return kBadConfig;
 
-  const int before = table_alignment(true) - kSharedReserved;
-  const int rings = kPrefillBarrierBytes + kPrefillWarps * config.stages * Shape::kSlot;
-  const int total = before + table_bytes(true) + config.x_stages * Shape::kXStage;
-  if (config.row_tiles < 16 || config.row_tiles % 16 || config.row_groups != 2 ||
-      config.splits < 1 || config.stages < 2 || config.stages > kMaxSlots || config.x_stages < 3 ||
-      config.x_stages > kMaxXStages || rings > before || total > device.shared_limit)
+  PrefillParams params{};
+  params.staged_at = kPrefillBarrierBytes + config.x_stages * Shape::kXStage;
+  params.slots_at = params.staged_at + kPrefillGroups * kStagedBytes;
+  const int total = params.slots_at + kPrefillGroups * config.stages * Shape::kSlot;
+  if (config.row_tiles != 4 * kPrefillGroups || config.row_groups != kPrefillGroups ||
+      (config.splits != 1 && config.splits != 2 && config.splits != 4) || config.stages < 1 ||
+      config.stages > kPrefillStages || config.x_stages < 3 || config.x_stages > kPrefillStages ||
+      total > device.shared_limit || matrix.pair_table ||
+      (config.splits > 1 && config.x_stages * Shape::kXStage < Shape::kSumsBytes))
     return kBadConfig;
 
-  PrefillParams params{};
   params.records = static_cast<const uint8_t*>(records);
   params.table = static_cast<const uint8_t*>(table);
   params.y = y;
   params.m = m, params.n = matrix.n, params.k_tiles = ceil_div(matrix.k, kTileK);
-  params.table_bytes = 2 * (matrix.pair_table ? 2 << (2 * matrix.bits) : 1 << matrix.bits);
-  params.pair_table = matrix.pair_table != 0;
-  params.row_tiles = config.row_tiles, params.slots = config.stages;
-  params.x_stages = config.x_stages, params.x_offset = before + table_bytes(true);
+  params.table_bytes = 2 << matrix.bits;
+  params.row_tiles = config.row_tiles;
+  params.slots = config.stages, params.x_stages = config.x_stages;
   params.parts = Parts(matrix);
   for (int i = 0; i < matrix.parts; i++)
     params.first_block[i + 1] =
         params.first_block[i] +
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
+  params.x_tiles = ceil_div(m, Shape::kColumns);
+  params.side = ceil_div(params.x_tiles, ceil_div(params.x_tiles, kPrefillSide));
+  params.tiles = params.x_tiles * params.first_block[matrix.parts];
 
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
-  // Blocks that run at once share some rows of x and some of w, so that L2 holds both: `splits`
-  // tiles of x side by side, then the next rows of w; at last the next tiles of x.
-  const int x_tiles = ceil_div(m, Shape::kColumns);
-  const int side = config.splits < x_tiles ? config.splits : x_tiles;
-  const dim3 grid(side, params.first_block[matrix.parts], ceil_div(x_tiles, side));
-  return launch_kernel(sm90_prefill_kernel<Shape>, grid, Shape::kThreads, total, 1,
-                       config.overlap > 0, stream, params, x_map);
+  // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
+  int cluster = config.splits, blocks = device.multiprocessors;
+  if (cluster > 1) {
+    static std::atomic<int> known[kMaxDevices][2];
+    int clusters = 0;
+    if (const int error =
+            device.clusters_at_once(sm90_prefill_kernel<Shape>, kPrefillThreads, total, cluster,
+                                    known[device.slot()][cluster / 4], &clusters))
+      return error;
+    const int left = params.tiles % (clusters * cluster);
+    if (left == 0 || left > clusters)
+      cluster = 1;
+    else
+      blocks = clusters * cluster;
+  }
+  params.splits_log2 = log2_of(cluster);
+  params.whole = params.tiles / blocks * blocks;
+  const int most = params.whole > 0 ? blocks : params.tiles * cluster;
+  return launch_kernel(sm90_prefill_kernel<Shape>, dim3(most < blocks ? most : blocks),
+                       kPrefillThreads, total, cluster, config.overlap > 0, stream, params, x_map);
 }
 
 }  // namespace flute

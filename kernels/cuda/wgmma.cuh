@@ -38,6 +38,15 @@ template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
+// Registers of each thread of a warpgroup that multiplies, and of one that only brings data.
+template <int Count>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+template <int Count>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
 // Keeps the compiler from moving uses of accumulators across a wait.
 template <int Count>
 __device__ __forceinline__ void pin(float (&d)[Count]) {
@@ -48,6 +57,14 @@ __device__ __forceinline__ void pin(float (&d)[Count]) {
 __device__ __forceinline__ void pin(uint32_t (&a)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[i])::"memory");
+}
+
+// Four 8 x 8 matrices of an accumulator to shared memory, transposed: lane 8 i + j names the place
+// of column j of matrix i, and that column's 8 values become contiguous there.
+__device__ __forceinline__ void store_transposed(uint32_t to, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 
 // One box of a 2-d tensor map: columns from c0, rows from c1; counted on the barrier.
@@ -92,6 +109,11 @@ __device__ __forceinline__ void wgmma(float (&d)[Columns / 2], const uint32_t (&
   ", "                                                                                         \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
   "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FLUTE_D64                                                                                \
+  FLUTE_D48                                                                                      \
+  ", "                                                                                           \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FLUTE_F8(i)                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -99,6 +121,7 @@ __device__ __forceinline__ void wgmma(float (&d)[Columns / 2], const uint32_t (&
 #define FLUTE_F32 FLUTE_F16, FLUTE_F8(16), FLUTE_F8(24)
 #define FLUTE_F64 FLUTE_F32, FLUTE_F8(32), FLUTE_F8(40), FLUTE_F8(48), FLUTE_F8(56)
 #define FLUTE_F96 FLUTE_F64, FLUTE_F8(64), FLUTE_F8(72), FLUTE_F8(80), FLUTE_F8(88)
+#define FLUTE_F128 FLUTE_F96, FLUTE_F8(96), FLUTE_F8(104), FLUTE_F8(112), FLUTE_F8(120)
 #define FLUTE_DEFINE_WGMMA(TYPE, NAME, COLUMNS, D, A, B, FLAG, ACCUMULATORS)                   \
   template <>                                                                                  \
   __device__ __forceinline__ void wgmma<TYPE, COLUMNS>(                                        \
@@ -110,21 +133,25 @@ __device__ __forceinline__ void wgmma(float (&d)[Columns / 2], const uint32_t (&
                  : ACCUMULATORS                                                                \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate));       \
   }
-#define FLUTE_DEFINE_WGMMAS(TYPE, NAME)                                                         \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 16, FLUTE_D0, "%8, %9, %10, %11", "%12", "%13", FLUTE_F8(0))   \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 32, FLUTE_D8, "%16, %17, %18, %19", "%20", "%21", FLUTE_F16)   \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 64, FLUTE_D16, "%32, %33, %34, %35", "%36", "%37", FLUTE_F32)  \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 128, FLUTE_D32, "%64, %65, %66, %67", "%68", "%69", FLUTE_F64) \
-  FLUTE_DEFINE_WGMMA(TYPE, NAME, 192, FLUTE_D48, "%96, %97, %98, %99", "%100", "%101", FLUTE_F96)
+#define FLUTE_DEFINE_WGMMAS(TYPE, NAME)                                                           \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 16, FLUTE_D0, "%8, %9, %10, %11", "%12", "%13", FLUTE_F8(0))     \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 32, FLUTE_D8, "%16, %17, %18, %19", "%20", "%21", FLUTE_F16)     \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 64, FLUTE_D16, "%32, %33, %34, %35", "%36", "%37", FLUTE_F32)    \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 128, FLUTE_D32, "%64, %65, %66, %67", "%68", "%69", FLUTE_F64)   \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 192, FLUTE_D48, "%96, %97, %98, %99", "%100", "%101", FLUTE_F96) \
+  FLUTE_DEFINE_WGMMA(TYPE, NAME, 256, FLUTE_D64, "%128, %129, %130, %131", "%132", "%133",        \
+                     FLUTE_F128)
 FLUTE_DEFINE_WGMMAS(__half, "f16")
 FLUTE_DEFINE_WGMMAS(__nv_bfloat16, "bf16")
 #undef FLUTE_DEFINE_WGMMAS
 #undef FLUTE_DEFINE_WGMMA
+#undef FLUTE_F128
 #undef FLUTE_F96
 #undef FLUTE_F64
 #undef FLUTE_F32
 #undef FLUTE_F16
 #undef FLUTE_F8
+#undef FLUTE_D64
 #undef FLUTE_D48
 #undef FLUTE_D32
 #undef FLUTE_D16

@@ -167,7 +167,10 @@ inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t r = 0;
-  for (int i = 0; i < 4; i++) r |= (bytes >> (selector >> (4 * i) & 7) * 8 & 255) << (8 * i);
+  for (int i = 0; i < 4; i++) {
+    const uint32_t which = selector >> (4 * i), byte = bytes >> (which & 7) * 8 & 255;
+    r |= (which & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);  // bit 3: the sign everywhere
+  }
   return r;
 }
 

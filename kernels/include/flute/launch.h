@@ -40,7 +40,7 @@ typedef struct {
 
 // How a launch of the Hopper kernel for more rows of x is cut; flute_vllm/tuning/ chooses it.
 typedef struct {
-  int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128, 192
+  int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128; 192, 256
   int32_t rows;        // 64-row tiles of w that a warpgroup computes side by side: 1 or 2
   int32_t row_tiles;   // 16-row tiles of w that a block computes
   int32_t row_groups;  // groups of a block's 4 warpgroups that share these tiles: 1, 2, 4; within a
@@ -49,6 +49,9 @@ typedef struct {
   int32_t stages;      // pairs of k tiles of weights in shared memory
   int32_t x_stages;    // k tiles of x there, for each of the warpgroups that split k
   int32_t overlap;     // as above, in steps
+  // With 192 or 256 columns another kernel runs, for tables of single values only: rows and
+  // row_groups are 2, row_tiles 8; splits (1, 2, 4) blocks share a tile of y if the last round has
+  // few; x_stages are halves of k tiles.
 } FluteSm90Config;
 
 // Words (int32) of the internal layout of a matrix.
