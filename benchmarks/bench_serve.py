@@ -6,8 +6,10 @@
 Milliseconds of a decode step at each batch size, tokens/s of prefill, start-up and load seconds and
 peak memory. Shapes are those of the named model with ``--load-format dummy``. One engine a
 process; ``--together 4`` starts four at once on the same GPU and lets them measure one after
-another, which saves minutes and is noted in the rows (their start_s is then longer). An engine
-that fails or runs into its time limit leaves the reason as ``error`` in its row.
+another, which saves minutes and is noted in the rows (their start_s is then longer). With
+``--wait-for FILE`` they start at once and measure when the file appears, when other work on the
+GPU is done. An engine that fails, runs into its time limit or does not fit into the GPU's memory
+leaves the reason as ``error`` in its row.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
-from model_shapes import MODELS, Method, methods, write_config
+from model_shapes import MODELS, Method, cache_bytes, methods, weight_bytes, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200" / "serve.json"
 GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 LOADED = re.compile(r"Model loading took .*?([\d.]+) seconds")
 GIB = 1 << 30
+WORKING_BYTES = 5 * GIB  # of an engine beside weights and cache: activations, graphs, libraries
 
 
 @dataclass
@@ -75,10 +79,32 @@ def engine_arguments(arguments: argparse.Namespace, run: Run) -> dict:
     return common | {
         "max_model_len": tokens + 256,
         # All prompts of a batch are prefilled in the first step, so that steps are comparable.
-        "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": int(arguments.kv_gib * GIB),
+        "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": kv_bytes(arguments, run),
         "gpu_memory_utilization": round(0.9 / arguments.together, 3),
         "compilation_config": {"cudagraph_capture_sizes": GRAPH_SIZES},
     } | run.settings.engine  # fmt: skip
+
+
+def kv_bytes(arguments: argparse.Namespace, run: Run) -> int:
+    """On each GPU: what the largest of the measured batches needs, unless it was given."""
+    if arguments.kv_gib:
+        return int(arguments.kv_gib * GIB)
+    prompts, tokens = arguments.prefill
+    decoded = max(arguments.batches) * (arguments.prompt_tokens + arguments.steps + 32)
+    needed = max(prompts * (tokens + 32), decoded, 2 * (tokens + 256))
+    return int(1.1 * needed * cache_bytes(run.model, run.tp))
+
+
+def misfit(arguments: argparse.Namespace, run: Run, total: int | None) -> str | None:
+    """Why the engine cannot fit on GPUs of ``total`` bytes; None when it can, or without a GPU."""
+    weights = weight_bytes(run.model, run.settings) // run.tp
+    needed = weights + kv_bytes(arguments, run) + WORKING_BYTES
+    if total is None or needed <= total:
+        return None
+    return (
+        f"not started: {weights / GIB:.0f} GiB of weights, with cache and activations "
+        f"{needed / GIB:.0f} GiB on each GPU, which has {total / GIB:.0f}"
+    )
 
 
 def start(arguments: argparse.Namespace, run: Run) -> None:
@@ -173,6 +199,8 @@ def run_group(arguments: argparse.Namespace, runs: list[Run]):
         for run in runs:
             start(arguments, run)
         wait(runs, arguments.limit_s, lambda run: run.has("ready"))
+        while arguments.wait_for and not arguments.wait_for.exists():
+            time.sleep(0.1)
         for run in runs:
             yield finish(run, arguments)
     finally:
@@ -192,7 +220,8 @@ def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
     commands = [*filter(None, [old.get("command")]), "python " + " ".join(sys.argv)]
     rows = [{k: v for k, v in row.items() if k != "versions"} for row in new]
     record = {
-        "device": device_name(), "vllm": versions.get("vllm", old.get("vllm", "unknown")),
+        "device": ask_gpu("name") or "CPU",
+        "vllm": versions.get("vllm", old.get("vllm", "unknown")),
         "torch": versions.get("torch", old.get("torch", "unknown")),
         "commit": arguments.commit or head_commit(),
         "command": " ; ".join(dict.fromkeys(commands)),
@@ -203,14 +232,19 @@ def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def device_name() -> str:
+def ask_gpu(field_name: str) -> str | None:
     """Of the first GPU, without starting CUDA here: children that fork could not use it."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={field_name}", "--format=csv,noheader,nounits"]
     with contextlib.suppress(FileNotFoundError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.strip().splitlines()[0]
-    return "CPU"
+    return None
+
+
+def gpu_total_bytes() -> int | None:
+    total = ask_gpu("memory.total")
+    return None if total is None else int(total) << 20
 
 
 def head_commit() -> str:
@@ -232,10 +266,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prefill", default="8x2048", help="prompts x tokens of each")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kv-gib", type=float, default=8.0)
+    parser.add_argument("--kv-gib", type=float, default=0, help="on each GPU; 0: what is needed")
     parser.add_argument("--together", type=int, default=1, help="engines that start at once")
     parser.add_argument("--limit-s", type=float, default=400, help="of start-up, and of measuring")
     parser.add_argument("--budget-s", type=float, default=0, help="no new engine after it; 0: none")
+    parser.add_argument("--wait-for", type=Path, help="measure once this file exists")
     parser.add_argument("--append", action="store_true", help="keep other rows of the output")
     parser.add_argument("--keep-logs", type=Path, help="folder for the engines' logs")
     parser.add_argument("--commit", default="")
@@ -270,6 +305,13 @@ def plan(arguments: argparse.Namespace, root: Path) -> list[Run]:
     ]
 
 
+def split(runs: list[Run], together: int) -> list[list[Run]]:
+    """Groups that start at once, each of one model and one tp."""
+    kinds = dict.fromkeys((run.model, run.tp) for run in runs)
+    alike = [[run for run in runs if (run.model, run.tp) == kind] for kind in kinds]
+    return [same[i : i + together] for same in alike for i in range(0, len(same), together)]
+
+
 def main() -> int:
     arguments = parse()
     begin, new = time.monotonic(), []
@@ -277,15 +319,20 @@ def main() -> int:
     old = json.loads(arguments.out.read_text()) if is_kept else {}
     with tempfile.TemporaryDirectory() as scratch:
         runs = plan(arguments, arguments.keep_logs or Path(scratch))
-        for first in range(0, len(runs), arguments.together):
-            group = runs[first : first + arguments.together]
-            if arguments.budget_s and time.monotonic() - begin > arguments.budget_s:
+        total = gpu_total_bytes()
+        refused = {run.name: why for run in runs if (why := misfit(arguments, run, total))}
+        for group in split(runs, arguments.together):
+            late = arguments.budget_s and time.monotonic() - begin > arguments.budget_s
+            if late:
                 why = f"not started: the budget of {arguments.budget_s:.0f} s was spent"
-                rows = ({"model": r.model, "method": r.method, "tp": r.tp, "error": why}
-                        for r in group)  # fmt: skip
-            else:
-                rows = run_group(arguments, group)
-            for row in rows:
+                refused |= {run.name: why for run in group if run.name not in refused}
+            rows = [
+                {"model": r.model, "method": r.method, "tp": r.tp, "error": refused[r.name]}
+                for r in group
+                if r.name in refused
+            ]
+            started = run_group(arguments, [r for r in group if r.name not in refused])
+            for row in chain(rows, started):
                 new.append(row)
                 print(f"{time.monotonic() - begin:5.0f}s {json.dumps(row)}", flush=True)
                 save(arguments, old, new)

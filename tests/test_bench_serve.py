@@ -70,6 +70,36 @@ def test_engines_that_start_together_share_the_memory():
     assert engine["max_num_seqs"] == 128
 
 
+def test_sizes_of_known_models():
+    """LLaMA-3 8B has 8.03e9 parameters, 70B 70.6e9."""
+    known = model_shapes.methods(128)
+    assert model_shapes.weight_bytes("8b", known["bf16"]) == pytest.approx(16.06e9, rel=1e-3)
+    assert model_shapes.weight_bytes("70b", known["bf16"]) == pytest.approx(141.1e9, rel=1e-3)
+    assert model_shapes.weight_bytes("70b", known["flute4"]) == pytest.approx(39.5e9, rel=5e-3)
+    marlin = model_shapes.weight_bytes("70b", known["marlin"])
+    assert marlin == model_shapes.weight_bytes("70b", known["flute4"])
+    assert model_shapes.cache_bytes("8b") == 131072
+    assert model_shapes.cache_bytes("70b", 2) == 163840
+
+
+def test_an_engine_that_does_not_fit_gets_a_row_that_says_so():
+    arguments = bench_serve.parse(["--models", "70b", "--tp", "2,1", "--methods", "flute4,bf16"])
+    runs = bench_serve.plan(arguments, Path("/nowhere"))
+    h200 = 143771 << 20
+    reasons = {(r.method, r.tp): bench_serve.misfit(arguments, r, h200) for r in runs}
+    assert "131 GiB of weights" in reasons.pop(("bf16", 1))
+    assert set(reasons.values()) == {None}
+    assert bench_serve.misfit(arguments, runs[-1], None) is None
+    groups = bench_serve.split(runs, 3)
+    assert [[(r.method, r.tp) for r in g] for g in groups] == [
+        [("flute4", 2), ("bf16", 2)], [("flute4", 1), ("bf16", 1)],
+    ]  # fmt: skip
+    together = sum(model_shapes.weight_bytes("70b", r.settings) // 2 for r in groups[0])
+    together += sum(bench_serve.kv_bytes(arguments, r) + bench_serve.WORKING_BYTES
+                    for r in groups[0])  # fmt: skip
+    assert together < h200  # all of them on both GPUs at once
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_smoke_run_measures_and_records_failures(tmp_path):
