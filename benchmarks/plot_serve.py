@@ -166,7 +166,7 @@ def svg(record: dict) -> str:
         label = METHODS[name][0]
         body.append(f'<rect x="{x:.1f}" y="32" width="12" height="12" rx="2" class="{name}"/>')
         body.append(text(x + 17, 42, label, anchor="start"))
-        x += 34 + 6.6 * len(label)
+        x += 36 + 7.2 * len(label)
     for index, panel in enumerate(drawn):
         body += draw_panel(panel, TOP + index * PANEL)
     return "\n".join([
