@@ -80,7 +80,8 @@ def engine_arguments(arguments: argparse.Namespace, run: Run) -> dict:
         "max_model_len": tokens + 256,
         # All prompts of a batch are prefilled in the first step, so that steps are comparable.
         "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": kv_bytes(arguments, run),
-        "gpu_memory_utilization": round(0.9 / arguments.together, 3),
+        # Only what must be free at the start: others may have loaded by then.
+        "gpu_memory_utilization": share_of_gpu(arguments, run),
         "compilation_config": {"cudagraph_capture_sizes": GRAPH_SIZES},
     } | run.settings.engine  # fmt: skip
 
@@ -95,12 +96,24 @@ def kv_bytes(arguments: argparse.Namespace, run: Run) -> int:
     return int(1.1 * needed * cache_bytes(run.model, run.tp))
 
 
+def needed_bytes(arguments: argparse.Namespace, run: Run) -> int:
+    """On each GPU."""
+    weights = weight_bytes(run.model, run.settings) // run.tp
+    return weights + kv_bytes(arguments, run) + WORKING_BYTES
+
+
+def share_of_gpu(arguments: argparse.Namespace, run: Run) -> float:
+    total = gpu_total_bytes()
+    share = needed_bytes(arguments, run) / total if total else 1 / arguments.together
+    return round(min(0.95, share), 3)
+
+
 def misfit(arguments: argparse.Namespace, run: Run, total: int | None) -> str | None:
     """Why the engine cannot fit on GPUs of ``total`` bytes; None when it can, or without a GPU."""
-    weights = weight_bytes(run.model, run.settings) // run.tp
-    needed = weights + kv_bytes(arguments, run) + WORKING_BYTES
+    needed = needed_bytes(arguments, run)
     if total is None or needed <= total:
         return None
+    weights = weight_bytes(run.model, run.settings) // run.tp
     return (
         f"not started: {weights / GIB:.0f} GiB of weights, with cache and activations "
         f"{needed / GIB:.0f} GiB on each GPU, which has {total / GIB:.0f}"
@@ -109,6 +122,8 @@ def misfit(arguments: argparse.Namespace, run: Run, total: int | None) -> str | 
 
 def start(arguments: argparse.Namespace, run: Run) -> None:
     write_config(run.folder / "model", run.model, run.settings)
+    for name in ("ready", "go", "late", "result.json"):  # of an earlier run
+        (run.folder / name).unlink(missing_ok=True)
     job = {
         "engine": engine_arguments(arguments, run), "batches": arguments.batches,
         "prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps,

@@ -119,9 +119,9 @@ def one_gpu(arguments: argparse.Namespace) -> list[Step]:
     quantize = [PYTHON, "-m", "flute_vllm.cli", "quantize", str(MODEL), str(model), "--bits", "4",
                 "--group-size", "64"]  # fmt: skip
     small = ["--gpu-memory-utilization", 0.05, "--kv-cache-memory-bytes", 2 << 30,
-             "--max-model-len", 1024]  # fmt: skip
+             "--max-model-len", 1024, "--max-num-seqs", 72]  # fmt: skip
     large = ["--gpu-memory-utilization", 0.2, "--kv-cache-memory-bytes", 16 << 30,
-             "--max-model-len", 2048]  # fmt: skip
+             "--max-model-len", 2048, "--max-num-seqs", 72]  # fmt: skip
     lengths = ["--prompt-tokens", 8, 700, "--new-tokens", 8, 256]
     load = script(
         "bench_load.py", "--model", "70b", "--layers", arguments.layers, "--scratch",
@@ -140,7 +140,7 @@ def one_gpu(arguments: argparse.Namespace) -> list[Step]:
 def two_gpus(arguments: argparse.Namespace) -> list[Step]:
     speed = script(
         "bench_serve.py", "--models", "70b", "--tp", "2,1", "--methods", "flute4,marlin,bf16",
-        "--together", 3, "--limit-s", 250, "--budget-s", 330, "--steps", 48, "--repeats", 2,
+        "--together", 3, "--limit-s", 300, "--budget-s", 320, "--steps", 48, "--repeats", 2,
         "--wait-for", arguments.out / "features_two.done", "--keep-logs", arguments.out / "engines",
         "--commit", arguments.commit, "--out", arguments.out / "serve.json",
     )  # fmt: skip
