@@ -116,8 +116,10 @@ def soak(arguments: argparse.Namespace, name: str, model: str, own: list, serve:
 
 def one_gpu(arguments: argparse.Namespace) -> list[Step]:
     model = arguments.out / "w4"
-    quantize = [PYTHON, "-m", "flute_vllm.cli", "quantize", str(MODEL), str(model), "--bits", "4",
-                "--group-size", "64"]  # fmt: skip
+    quantize = [
+        PYTHON, "-m", "flute_vllm.cli", "quantize", str(MODEL), str(model), "--bits", "4",
+        "--group-size", "64", "--recipe", "nf",
+    ]  # fmt: skip
     small = ["--gpu-memory-utilization", 0.05, "--kv-cache-memory-bytes", 2 << 30,
              "--max-model-len", 1024, "--max-num-seqs", 72]  # fmt: skip
     large = ["--gpu-memory-utilization", 0.2, "--kv-cache-memory-bytes", 16 << 30,
@@ -129,7 +131,7 @@ def one_gpu(arguments: argparse.Namespace) -> list[Step]:
         "--commit", arguments.commit, "--out", arguments.out / "load.json",
     )  # fmt: skip
     return [
-        Step("quantize", quantize, 60),
+        Step("quantize", quantize, 120),
         features(arguments, "features", "not two_gpus", 300),
         soak(arguments, "soak_bundled", str(model), lengths, small),
         soak(arguments, "soak_8b", "8b", ["--no-probes"], large),
