@@ -147,7 +147,7 @@ def two_gpus(arguments: argparse.Namespace) -> list[Step]:
         "--commit", arguments.commit, "--out", arguments.out / "serve.json",
     )  # fmt: skip
     return [
-        features(arguments, "features_two", "two_gpus", 200),
+        features(arguments, "features_two", "two_gpus", 270),
         Step("serve", speed, 520),
     ]
 

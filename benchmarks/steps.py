@@ -57,7 +57,12 @@ class Step:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Ends a process and all that it started: SIGTERM, then SIGKILL."""
+    """Ends a process and all that it started, also in groups of their own: engines and servers."""
+    import psutil
+
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
     for sign, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
         if process.poll() is not None:
             break
@@ -67,6 +72,9 @@ def end_group(process: subprocess.Popen) -> None:
             process.wait(patience_s)
     with contextlib.suppress(ProcessLookupError):  # children that outlived it
         os.killpg(process.pid, signal.SIGKILL)
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +32,9 @@ def python(code: str) -> list[str]:
 
 
 def test_steps_run_side_by_side_and_survive_each_other(tmp_path):
-    hanging = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', "\
-        "'import time; time.sleep(60)']); time.sleep(60)"  # fmt: skip
+    hanging = "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', "\
+        "'import time; time.sleep(60)'], start_new_session=True); "\
+        "print(child.pid, flush=True); time.sleep(60)"  # fmt: skip
     noted = []
     steps = [
         Step("bad", python("print('why'); raise SystemExit(3)"), 20),
@@ -52,6 +55,12 @@ def test_steps_run_side_by_side_and_survive_each_other(tmp_path):
     assert noted == ["finished"]
     assert json.loads((tmp_path / "summary.json").read_text()) == ended
     assert (tmp_path / "hanging.done").exists()
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may wait to be reaped
+        child = psutil.Process(int((tmp_path / "hanging.log").read_text()))
+        deadline = time.monotonic() + 10
+        while child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "a child of an ended step still runs"
+            time.sleep(0.05)
 
 
 def test_the_whole_has_a_limit(tmp_path):
