@@ -231,7 +231,7 @@ def load(folder: Path) -> dict:
 
 
 def load_apart(folder: Path, result: Path, limit_s: float) -> dict:
-    """``load`` in a process of its own, whose output goes to this one's."""
+    """``load`` in a process of its own, whose output goes to this one's; ``error`` if it fails."""
     command = [sys.executable, __file__, "--child", str(folder), "--out", str(result)]
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
@@ -239,9 +239,13 @@ def load_apart(folder: Path, result: Path, limit_s: float) -> dict:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
-    done = subprocess.run(command, env=environment, timeout=limit_s, check=False)
+    result.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(command, env=environment, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"vLLM was not done within {limit_s:.0f} s"}
     if done.returncode != 0 or not result.exists():
-        raise SystemExit(f"the engine ended with {done.returncode}; its output stands above")
+        return {"error": f"vLLM ended with {done.returncode}; its output stands in the log"}
     return json.loads(result.read_text())
 
 
@@ -295,10 +299,11 @@ def main() -> int:
         record |= load_apart(folder, arguments.scratch / "child.json", arguments.limit_s)
     finally:
         shutil.rmtree(folder)
-    extra = record["load_s"] + record["repack_s"] - record["read_s"][-1]
-    record["extra_s"] = round(extra, 2)
-    record["extra_s_full_depth"] = round(extra * record["depth"] / record["layers"], 2)
-    record["missed"] = judge(record)
+    if "error" not in record:
+        extra = record["load_s"] + record["repack_s"] - record["read_s"][-1]
+        record["extra_s"] = round(extra, 2)
+        record["extra_s_full_depth"] = round(extra * record["depth"] / record["layers"], 2)
+    record["missed"] = [record["error"]] if "error" in record else judge(record)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
