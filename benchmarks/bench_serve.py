@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 from model_shapes import MODELS, Method, cache_bytes, methods, weight_bytes, write_config
@@ -47,6 +46,7 @@ class Run:
     tp: int
     settings: Method
     folder: Path
+    together: int = 1  # engines that started at once with it, itself included
     process: subprocess.Popen | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -184,9 +184,13 @@ def wait(runs: list[Run], limit_s: float, is_done) -> None:
         time.sleep(0.1)
 
 
+def row_of(run: Run) -> dict:
+    return {"model": run.model, "method": run.method, "tp": run.tp}
+
+
 def finish(run: Run, arguments: argparse.Namespace) -> dict:
     """Lets one engine measure and returns its row."""
-    row = {"model": run.model, "method": run.method, "tp": run.tp}
+    row = row_of(run)
     if run.is_running():
         (run.folder / "go").touch()
         wait([run], time.monotonic() - run.started + arguments.limit_s, lambda r: False)
@@ -204,7 +208,7 @@ def finish(run: Run, arguments: argparse.Namespace) -> dict:
     row |= {key: result[key] for key in ("decode_ms", "decode_tok_s", "prefill_tok_s", "start_s")}
     return row | {
         "load_s": max(loads) if loads else None, "peak_gib": result["peak_gib"],
-        "together": arguments.together, "versions": result["versions"],
+        "together": run.together, "versions": result["versions"],
     }  # fmt: skip
 
 
@@ -212,6 +216,7 @@ def run_group(arguments: argparse.Namespace, runs: list[Run]):
     """Starts the runs at once, waits until all can measure, and yields their rows in turn."""
     try:
         for run in runs:
+            run.together = len(runs)
             start(arguments, run)
         wait(runs, arguments.limit_s, lambda run: run.has("ready"))
         while arguments.wait_for and not arguments.wait_for.exists():
@@ -320,11 +325,21 @@ def plan(arguments: argparse.Namespace, root: Path) -> list[Run]:
     ]
 
 
-def split(runs: list[Run], together: int) -> list[list[Run]]:
-    """Groups that start at once, each of one model and one tp."""
-    kinds = dict.fromkeys((run.model, run.tp) for run in runs)
-    alike = [[run for run in runs if (run.model, run.tp) == kind] for kind in kinds]
-    return [same[i : i + together] for same in alike for i in range(0, len(same), together)]
+def split(arguments: argparse.Namespace, runs: list[Run], total: int | None) -> list[list[Run]]:
+    """Groups that start at once: as many as asked for, of one tp, that fit on the GPU together."""
+    groups: list[list[Run]] = []
+    used = 0
+    for run in runs:
+        needed = needed_bytes(arguments, run)
+        last = groups[-1] if groups else []
+        has_room = total is None or used + needed <= total
+        if last and len(last) < arguments.together and last[0].tp == run.tp and has_room:
+            last.append(run)
+            used += needed
+        else:
+            groups.append([run])
+            used = needed
+    return groups
 
 
 def main() -> int:
@@ -336,22 +351,21 @@ def main() -> int:
         runs = plan(arguments, arguments.keep_logs or Path(scratch))
         total = gpu_total_bytes()
         refused = {run.name: why for run in runs if (why := misfit(arguments, run, total))}
-        for group in split(runs, arguments.together):
-            late = arguments.budget_s and time.monotonic() - begin > arguments.budget_s
-            if late:
+        for run in runs:
+            if run.name in refused:
+                new.append(row_of(run) | {"error": refused[run.name]})
+                print(json.dumps(new[-1]), flush=True)
+        for group in split(arguments, [r for r in runs if r.name not in refused], total):
+            if arguments.budget_s and time.monotonic() - begin > arguments.budget_s:
                 why = f"not started: the budget of {arguments.budget_s:.0f} s was spent"
-                refused |= {run.name: why for run in group if run.name not in refused}
-            rows = [
-                {"model": r.model, "method": r.method, "tp": r.tp, "error": refused[r.name]}
-                for r in group
-                if r.name in refused
-            ]
-            started = run_group(arguments, [r for r in group if r.name not in refused])
-            for row in chain(rows, started):
+                rows = (row_of(run) | {"error": why} for run in group)
+            else:
+                rows = run_group(arguments, group)
+            for row in rows:
                 new.append(row)
                 print(f"{time.monotonic() - begin:5.0f}s {json.dumps(row)}", flush=True)
                 save(arguments, old, new)
-    return 1 if any("error" in row for row in new) else 0
+    return 1 if any("error" in row for row in new[len(refused) :]) else 0
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_serving.py one --out DIR     # one GPU, about 7 minutes
     python benchmarks/gpu_serving.py two --out DIR     # two GPUs, about 7 minutes
+    python benchmarks/gpu_serving.py speed --out DIR   # one GPU, about 6 minutes
     python benchmarks/gpu_serving.py collect DIR...    # results to benchmarks/results/h200
 
 ``one``: features of vLLM (tests/test_gpu_features.py), load of a 70B checkpoint, two servers under
 load. ``two``: tensor and pipeline parallel against one GPU, and 70B shapes on two GPUs and on one.
+``speed``: 8B shapes with every method, two more models with the most important ones.
 What only has to work runs side by side; what is timed waits until the rest is done, but for the
 servers under load, which are there all the time. Needs vLLM and the compiled kernels.
 """
@@ -152,6 +154,25 @@ def two_gpus(arguments: argparse.Namespace) -> list[Step]:
     ]
 
 
+def speed(arguments: argparse.Namespace) -> list[Step]:
+    """Both steps write one file, so the second waits for the first."""
+
+    def step(name: str, models: str, methods: str, after: tuple[str, ...] = ()) -> Step:
+        command = script(
+            "bench_serve.py", "--models", models, "--methods", methods, "--together", 9, "--append",
+            "--limit-s", 240, "--keep-logs", arguments.out / "engines", "--commit",
+            arguments.commit, "--out", arguments.out / "serve.json",
+        )  # fmt: skip
+        return Step(name, command, 300, after)
+
+    every = "flute4,bf16,humming,marlin,machete,flute3,flute2"
+    others = step("serve_others", "gemma2-9b,qwen2.5-7b", "flute4,bf16,marlin", ("serve_8b",))
+    return [step("serve_8b", "8b", every), others]
+
+
+SETS = {"one": one_gpu, "two": two_gpus, "speed": speed}
+
+
 def collect(folders: list[Path]) -> list[Path]:
     """Copies results to their place in the repository, rows of serve.json beside those there."""
     written = []
@@ -178,7 +199,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("set", choices=["one", "two", "collect"])
+    parser.add_argument("set", choices=[*SETS, "collect"])
     parser.add_argument("folders", type=Path, nargs="*", help="of collect")
     parser.add_argument("--out", type=Path, help="folder for results and logs")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/flute_load"), help="40 GB")
@@ -218,7 +239,7 @@ def main() -> int:
         print("\n".join(map(str, collect(arguments.folders))))
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
-    steps = chosen((one_gpu if arguments.set == "one" else two_gpus)(arguments), arguments.only)
+    steps = chosen(SETS[arguments.set](arguments), arguments.only)
     for waited in ("features", "features_two"):  # nothing to wait for
         if waited not in {step.name for step in steps}:
             (arguments.out / f"{waited}.done").touch()

@@ -91,14 +91,21 @@ def test_an_engine_that_does_not_fit_gets_a_row_that_says_so():
     assert "131 GiB of weights" in reasons.pop(("bf16", 1))
     assert set(reasons.values()) == {None}
     assert bench_serve.misfit(arguments, runs[-1], None) is None
-    groups = bench_serve.split(runs, 3)
-    assert [[(r.method, r.tp) for r in g] for g in groups] == [
-        [("flute4", 2), ("bf16", 2)], [("flute4", 1), ("bf16", 1)],
+
+
+def test_groups_are_of_one_tp_and_fit_on_the_gpu_together():
+    h200 = 143771 << 20
+    options = ["--models", "70b", "--tp", "2,1", "--methods", "flute4,marlin,bf16"]
+    arguments = bench_serve.parse([*options, "--together", "3"])
+    runs = bench_serve.plan(arguments, Path("/nowhere"))[:-1]  # dense on one GPU does not fit
+    groups = bench_serve.split(arguments, runs, h200)
+    assert [[(r.method, r.tp) for r in group] for group in groups] == [
+        [("flute4", 2), ("marlin", 2), ("bf16", 2)], [("flute4", 1), ("marlin", 1)],
     ]  # fmt: skip
-    together = sum(model_shapes.weight_bytes("70b", r.settings) // 2 for r in groups[0])
-    together += sum(bench_serve.kv_bytes(arguments, r) + bench_serve.WORKING_BYTES
-                    for r in groups[0])  # fmt: skip
-    assert together < h200  # all of them on both GPUs at once
+    assert [len(group) for group in bench_serve.split(arguments, runs, 50 << 30)] == [1] * 5
+    arguments = bench_serve.parse(["--methods", "flute4,bf16,marlin", "--together", "2"])
+    runs = bench_serve.plan(arguments, Path("/nowhere"))
+    assert [len(group) for group in bench_serve.split(arguments, runs, None)] == [2, 1]
 
 
 @pytest.mark.vllm

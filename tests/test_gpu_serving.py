@@ -75,14 +75,14 @@ def test_steps_that_wait_for_each_other_are_refused(tmp_path):
         run(steps, tmp_path, say=lambda line: None)
 
 
-@pytest.mark.parametrize("machine", ["one", "two"])
-def test_commands_are_those_of_the_scripts(tmp_path, machine):
+@pytest.mark.parametrize(("machine", "scripts"), [("one", 3), ("two", 1), ("speed", 2)])
+def test_commands_are_those_of_the_scripts(tmp_path, machine, scripts):
     """Each step's options are known to its script."""
     import bench_serve
     import soak
 
     arguments = gpu_serving.parse([machine, "--out", str(tmp_path), "--commit", "abc"])
-    steps = (gpu_serving.one_gpu if machine == "one" else gpu_serving.two_gpus)(arguments)
+    steps = gpu_serving.SETS[machine](arguments)
     (tmp_path / "w4").mkdir()
     (tmp_path / "w4" / "config.json").touch()
     parsers = {"soak.py": soak.parse, "bench_load.py": bench_load.parse,
@@ -95,7 +95,7 @@ def test_commands_are_those_of_the_scripts(tmp_path, machine):
         if name in parsers:
             assert parsers[name](step.command[2:]).commit == "abc"
             parsed += 1
-    assert parsed == (3 if machine == "one" else 1)
+    assert parsed == scripts
 
 
 def test_only_takes_what_a_step_needs_with_it(tmp_path):
