@@ -37,7 +37,7 @@ MODEL_NAMES = {
 BASELINES = ("bf16", "marlin")
 BATCHES = ("1", "8", "32", "128")
 WIDTH, LEFT, RIGHT, BAR_AREA, PANEL, TOP = 860, 44, 12, 150, 232, 58
-GAP = 0.22  # of a group's width, between groups
+GAP = 0.12  # of a group's width, between groups
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def style() -> str:
     dark = "".join(f".{name}{{fill:{colour}}}" for name, _, colour in colours)
     return (
         "text{font-family:-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;font-size:12px;"
-        "fill:#1f2937}.title{font-size:14px;font-weight:600}.small{font-size:10px}"
+        "fill:#1f2937}.title{font-size:14px;font-weight:600}.small{font-size:9px}"
         ".muted{fill:#6b7280}.grid{stroke:#e5e7eb}.one{stroke:#4b5563;stroke-dasharray:4 3}"
         f"{light}@media (prefers-color-scheme:dark){{text{{fill:#e5e7eb}}.muted{{fill:#9ca3af}}"
         f".grid{{stroke:#374151}}.one{{stroke:#d1d5db}}{dark}}}"
