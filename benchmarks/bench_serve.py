@@ -6,8 +6,10 @@
 Milliseconds of a decode step at each batch size, tokens/s of prefill, start-up and load seconds and
 peak memory. Shapes are those of the named model with ``--load-format dummy``. One engine a
 process; ``--together 4`` starts four at once on the same GPU and lets them measure one after
-another, which saves minutes and is noted in the rows (their start_s is then longer). An engine
-that fails or runs into its time limit leaves the reason as ``error`` in its row.
+another, which saves minutes and is noted in the rows (their start_s is then longer). With
+``--wait-for FILE`` they start at once and measure when the file appears, when other work on the
+GPU is done. An engine that fails, runs into its time limit or does not fit into the GPU's memory
+leaves the reason as ``error`` in its row.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model_shapes import MODELS, Method, methods, write_config
+from model_shapes import MODELS, Method, cache_bytes, methods, weight_bytes, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200" / "serve.json"
 GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 LOADED = re.compile(r"Model loading took .*?([\d.]+) seconds")
 GIB = 1 << 30
+WORKING_BYTES = 5 * GIB  # of an engine beside weights and cache: activations, graphs, libraries
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Run:
     tp: int
     settings: Method
     folder: Path
+    together: int = 1  # engines that started at once with it, itself included
     process: subprocess.Popen | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -75,14 +79,51 @@ def engine_arguments(arguments: argparse.Namespace, run: Run) -> dict:
     return common | {
         "max_model_len": tokens + 256,
         # All prompts of a batch are prefilled in the first step, so that steps are comparable.
-        "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": int(arguments.kv_gib * GIB),
-        "gpu_memory_utilization": round(0.9 / arguments.together, 3),
+        "max_num_batched_tokens": 8192, "kv_cache_memory_bytes": kv_bytes(arguments, run),
+        # Only what must be free at the start: others may have loaded by then.
+        "gpu_memory_utilization": share_of_gpu(arguments, run),
         "compilation_config": {"cudagraph_capture_sizes": GRAPH_SIZES},
     } | run.settings.engine  # fmt: skip
 
 
+def kv_bytes(arguments: argparse.Namespace, run: Run) -> int:
+    """On each GPU: what the largest of the measured batches needs, unless it was given."""
+    if arguments.kv_gib:
+        return int(arguments.kv_gib * GIB)
+    prompts, tokens = arguments.prefill
+    decoded = max(arguments.batches) * (arguments.prompt_tokens + arguments.steps + 32)
+    needed = max(prompts * (tokens + 32), decoded, 2 * (tokens + 256))
+    return int(1.1 * needed * cache_bytes(run.model, run.tp))
+
+
+def needed_bytes(arguments: argparse.Namespace, run: Run) -> int:
+    """On each GPU."""
+    weights = weight_bytes(run.model, run.settings) // run.tp
+    return weights + kv_bytes(arguments, run) + WORKING_BYTES
+
+
+def share_of_gpu(arguments: argparse.Namespace, run: Run) -> float:
+    total = gpu_total_bytes()
+    share = needed_bytes(arguments, run) / total if total else 1 / arguments.together
+    return round(min(0.95, share), 3)
+
+
+def misfit(arguments: argparse.Namespace, run: Run, total: int | None) -> str | None:
+    """Why the engine cannot fit on GPUs of ``total`` bytes; None when it can, or without a GPU."""
+    needed = needed_bytes(arguments, run)
+    if total is None or needed <= total:
+        return None
+    weights = weight_bytes(run.model, run.settings) // run.tp
+    return (
+        f"not started: {weights / GIB:.0f} GiB of weights, with cache and activations "
+        f"{needed / GIB:.0f} GiB on each GPU, which has {total / GIB:.0f}"
+    )
+
+
 def start(arguments: argparse.Namespace, run: Run) -> None:
     write_config(run.folder / "model", run.model, run.settings)
+    for name in ("ready", "go", "late", "result.json"):  # of an earlier run
+        (run.folder / name).unlink(missing_ok=True)
     job = {
         "engine": engine_arguments(arguments, run), "batches": arguments.batches,
         "prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps,
@@ -143,9 +184,13 @@ def wait(runs: list[Run], limit_s: float, is_done) -> None:
         time.sleep(0.1)
 
 
+def row_of(run: Run) -> dict:
+    return {"model": run.model, "method": run.method, "tp": run.tp}
+
+
 def finish(run: Run, arguments: argparse.Namespace) -> dict:
     """Lets one engine measure and returns its row."""
-    row = {"model": run.model, "method": run.method, "tp": run.tp}
+    row = row_of(run)
     if run.is_running():
         (run.folder / "go").touch()
         wait([run], time.monotonic() - run.started + arguments.limit_s, lambda r: False)
@@ -163,7 +208,7 @@ def finish(run: Run, arguments: argparse.Namespace) -> dict:
     row |= {key: result[key] for key in ("decode_ms", "decode_tok_s", "prefill_tok_s", "start_s")}
     return row | {
         "load_s": max(loads) if loads else None, "peak_gib": result["peak_gib"],
-        "together": arguments.together, "versions": result["versions"],
+        "together": run.together, "versions": result["versions"],
     }  # fmt: skip
 
 
@@ -171,8 +216,11 @@ def run_group(arguments: argparse.Namespace, runs: list[Run]):
     """Starts the runs at once, waits until all can measure, and yields their rows in turn."""
     try:
         for run in runs:
+            run.together = len(runs)
             start(arguments, run)
         wait(runs, arguments.limit_s, lambda run: run.has("ready"))
+        while arguments.wait_for and not arguments.wait_for.exists():
+            time.sleep(0.1)
         for run in runs:
             yield finish(run, arguments)
     finally:
@@ -192,7 +240,8 @@ def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
     commands = [*filter(None, [old.get("command")]), "python " + " ".join(sys.argv)]
     rows = [{k: v for k, v in row.items() if k != "versions"} for row in new]
     record = {
-        "device": device_name(), "vllm": versions.get("vllm", old.get("vllm", "unknown")),
+        "device": ask_gpu("name") or "CPU",
+        "vllm": versions.get("vllm", old.get("vllm", "unknown")),
         "torch": versions.get("torch", old.get("torch", "unknown")),
         "commit": arguments.commit or head_commit(),
         "command": " ; ".join(dict.fromkeys(commands)),
@@ -203,14 +252,19 @@ def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def device_name() -> str:
+def ask_gpu(field_name: str) -> str | None:
     """Of the first GPU, without starting CUDA here: children that fork could not use it."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={field_name}", "--format=csv,noheader,nounits"]
     with contextlib.suppress(FileNotFoundError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return done.stdout.strip().splitlines()[0]
-    return "CPU"
+    return None
+
+
+def gpu_total_bytes() -> int | None:
+    total = ask_gpu("memory.total")
+    return None if total is None else int(total) << 20
 
 
 def head_commit() -> str:
@@ -232,10 +286,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prefill", default="8x2048", help="prompts x tokens of each")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kv-gib", type=float, default=8.0)
+    parser.add_argument("--kv-gib", type=float, default=0, help="on each GPU; 0: what is needed")
     parser.add_argument("--together", type=int, default=1, help="engines that start at once")
     parser.add_argument("--limit-s", type=float, default=400, help="of start-up, and of measuring")
     parser.add_argument("--budget-s", type=float, default=0, help="no new engine after it; 0: none")
+    parser.add_argument("--wait-for", type=Path, help="measure once this file exists")
     parser.add_argument("--append", action="store_true", help="keep other rows of the output")
     parser.add_argument("--keep-logs", type=Path, help="folder for the engines' logs")
     parser.add_argument("--commit", default="")
@@ -270,6 +325,23 @@ def plan(arguments: argparse.Namespace, root: Path) -> list[Run]:
     ]
 
 
+def split(arguments: argparse.Namespace, runs: list[Run], total: int | None) -> list[list[Run]]:
+    """Groups that start at once: as many as asked for, of one tp, that fit on the GPU together."""
+    groups: list[list[Run]] = []
+    used = 0
+    for run in runs:
+        needed = needed_bytes(arguments, run)
+        last = groups[-1] if groups else []
+        has_room = total is None or used + needed <= total
+        if last and len(last) < arguments.together and last[0].tp == run.tp and has_room:
+            last.append(run)
+            used += needed
+        else:
+            groups.append([run])
+            used = needed
+    return groups
+
+
 def main() -> int:
     arguments = parse()
     begin, new = time.monotonic(), []
@@ -277,19 +349,23 @@ def main() -> int:
     old = json.loads(arguments.out.read_text()) if is_kept else {}
     with tempfile.TemporaryDirectory() as scratch:
         runs = plan(arguments, arguments.keep_logs or Path(scratch))
-        for first in range(0, len(runs), arguments.together):
-            group = runs[first : first + arguments.together]
+        total = gpu_total_bytes()
+        refused = {run.name: why for run in runs if (why := misfit(arguments, run, total))}
+        for run in runs:
+            if run.name in refused:
+                new.append(row_of(run) | {"error": refused[run.name]})
+                print(json.dumps(new[-1]), flush=True)
+        for group in split(arguments, [r for r in runs if r.name not in refused], total):
             if arguments.budget_s and time.monotonic() - begin > arguments.budget_s:
                 why = f"not started: the budget of {arguments.budget_s:.0f} s was spent"
-                rows = ({"model": r.model, "method": r.method, "tp": r.tp, "error": why}
-                        for r in group)  # fmt: skip
+                rows = (row_of(run) | {"error": why} for run in group)
             else:
                 rows = run_group(arguments, group)
             for row in rows:
                 new.append(row)
                 print(f"{time.monotonic() - begin:5.0f}s {json.dumps(row)}", flush=True)
                 save(arguments, old, new)
-    return 1 if any("error" in row for row in new) else 0
+    return 1 if any("error" in row for row in new[len(refused) :]) else 0
 
 
 if __name__ == "__main__":

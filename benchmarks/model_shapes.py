@@ -104,3 +104,30 @@ def write_config(folder: Path, model: str, method: Method) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return folder
+
+
+def _head(config: dict) -> int:
+    return config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+
+
+def weight_bytes(model: str, method: Method) -> int:
+    """Of all weights, heads and embeddings in 16 bits, linear layers as the method stores them."""
+    config = MODELS[model]
+    hidden, queries = config["hidden_size"], config["num_attention_heads"]
+    attention = (2 * queries + 2 * config["num_key_value_heads"]) * _head(config) * hidden
+    block = attention + 3 * hidden * config["intermediate_size"]
+    bits = 16.0
+    if method.quantization is not None:
+        groups = method.quantization.get("config_groups", {}).get("group_0", {})
+        stored = groups.get("weights", method.quantization)
+        bits = stored.get("bits", stored.get("num_bits")) + 16 / stored["group_size"]
+    heads = 1 if config["tie_word_embeddings"] else 2
+    outside = heads * config["vocab_size"] * hidden * 2
+    return int(config["num_hidden_layers"] * block * bits / 8) + outside
+
+
+def cache_bytes(model: str, ranks: int = 1) -> int:
+    """Of keys and values of one token on each GPU, in 16 bits."""
+    config = MODELS[model]
+    heads = max(1, config["num_key_value_heads"] // ranks)
+    return 2 * 2 * config["num_hidden_layers"] * heads * _head(config)

@@ -1,12 +1,14 @@
 """Serves a model under load: no error, no growing memory, the answers of a quiet server.
 
     python benchmarks/soak.py MODEL --duration-s 600 [--streams 64] [--out F] [-- SERVE_ARG...]
+    python benchmarks/soak.py 8b --method flute4 --no-probes      # shapes of a model, dummy weights
 
 Starts ``vllm serve MODEL``, asks a few probes alone, then keeps ``--streams`` completions of mixed
 lengths running, some of them abandoned half way, and asks the probes again in between. In 16 bits
 a batch changes the rounding of attention, so a near tie may fall the other way: an answer may leave
 the quiet one only at a step whose two best tokens lie within TIE of each other. Memory counts as
-growing when the last third of the time holds more than the third before it by more than the limit.
+growing when the last third of the time holds more than the third before it by more than the limit:
+the server's processes on the host, and on the GPU too where nvidia-smi tells processes apart.
 Exit code 1 when any of this fails.
 """
 
@@ -16,27 +18,26 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from model_shapes import MODELS, methods, write_config
+from soak_server import MIB, Server, gpu_bytes, gpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
-TIE = 0.15  # nats, as in tests/test_gpu_vllm.py
+TIE = 0.15  # nats, as in tests/agreement.py
 PROBES, PROBE_TOKENS = 8, 32
 ABANDONED = 0.05  # share of streams that the client leaves half way
 HOST_GROWTH, GPU_GROWTH = 128 << 20, 64 << 20  # bytes
 SAMPLE_S = 2.0
-MIB = 1 << 20
+WORDS = ("equal", "near tie", "different")  # what compare() says
 
 
 @dataclass
@@ -63,84 +64,6 @@ class Answer:
 
     tokens: tuple[int, ...]
     gaps: tuple[float, ...]
-
-
-class Server:
-    """``vllm serve`` on a free local port, with its workers in one process group."""
-
-    def __init__(self, model: str, arguments: list[str], log: Path, limit_s: float) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host",
-            "127.0.0.1", "--port", str(port), "--served-model-name", "soak", *arguments,
-        ]  # fmt: skip
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-        try:
-            self._wait(limit_s)
-        except BaseException:  # Ctrl-C, too, must not leave a server behind
-            self.stop()
-            raise
-
-    def _wait(self, limit_s: float) -> None:
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(
-                    f"the server ended with {self.process.returncode}: {self.tail()}"
-                )
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.url}/health", timeout=2)
-                return
-            time.sleep(0.5)
-        raise RuntimeError(f"the server was not ready within {limit_s:.0f} s: {self.tail()}")
-
-    def tail(self) -> str:
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-5:])[-1500:]
-
-    def host_bytes(self) -> int:
-        """Resident memory of the server and all its workers, shared pages counted once each."""
-        import psutil
-
-        total = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self.process.pid)
-            for process in (parent, *parent.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    total += process.memory_info().rss
-        return total
-
-    def stop(self) -> None:
-        for sign, patience_s in ((signal.SIGTERM, 30), (signal.SIGKILL, 5)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience_s)
-
-
-def ask_gpus(field_name: str) -> list[str]:
-    """One line for each GPU; none without nvidia-smi."""
-    command = ["nvidia-smi", f"--query-gpu={field_name}", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        return done.stdout.strip().splitlines() if done.returncode == 0 else []
-    return []
-
-
-def gpu_bytes() -> int | None:
-    """Memory in use on all GPUs together; None without a GPU."""
-    used = ask_gpus("memory.used")
-    return sum(map(int, used)) * MIB if used else None
-
-
-def gpu_name() -> str:
-    return next(iter(ask_gpus("name")), "CPU")
 
 
 def growth(samples: list[int]) -> int | None:
@@ -232,7 +155,7 @@ class Client:
                 await asyncio.sleep(0.2)
 
     async def keep_probing(self, quiet: list[Answer], deadline: float) -> dict[str, int]:
-        counts = {"equal": 0, "near tie": 0, "different": 0}
+        counts = dict.fromkeys(WORDS, 0)
         index = 0
         while time.monotonic() < deadline:
             try:
@@ -245,26 +168,33 @@ class Client:
         return counts
 
 
-async def sample_memory(server: Server, deadline: float) -> tuple[list[int], list[int]]:
-    host, gpu = [], []
+async def sample_memory(server: Server, deadline: float, is_shared: bool) -> dict:
+    """Summaries of the server's memory. ``is_shared``: others use the GPU, so that memory of the
+    whole device would tell nothing."""
+    host, gpu, device = [], [], []
     while time.monotonic() < deadline:
-        host.append(server.host_bytes())
-        used = await asyncio.to_thread(gpu_bytes)
-        if used is not None:
-            gpu.append(used)
+        processes = server.host_bytes()
+        host.append(sum(processes.values()))
+        gpu.append(await asyncio.to_thread(gpu_bytes, set(processes)))
+        device.append(None if is_shared else await asyncio.to_thread(gpu_bytes))
         await asyncio.sleep(SAMPLE_S)
-    return host, gpu
+    found = {"host": summary(host), "gpu": None, "gpu_of": None, "samples": len(host)}
+    for place, samples in (("the server's processes", gpu), ("the whole device", device)):
+        if found["gpu"] is None and None not in samples:
+            found |= {"gpu": summary(samples), "gpu_of": place}
+    return found
 
 
 async def run(server: Server, vocabulary: int, arguments: argparse.Namespace) -> dict:
     client = Client(server.url, vocabulary, arguments)
-    quiet = [await client.probe(index) for index in range(PROBES)]
-    again = [await client.probe(index) for index in range(PROBES)]
+    probes = range(0 if arguments.no_probes else PROBES)
+    quiet = [await client.probe(index) for index in probes]
+    again = [await client.probe(index) for index in probes]
     alone = [compare(*pair) for pair in zip(quiet, again, strict=True)]
     deadline = time.monotonic() + arguments.duration_s
-    probes, (host, gpu), *_ = await asyncio.gather(
-        client.keep_probing(quiet, deadline),
-        sample_memory(server, deadline),
+    memory, *others = await asyncio.gather(
+        sample_memory(server, deadline, arguments.shared_gpu),
+        *([client.keep_probing(quiet, deadline)] if quiet else []),
         *(client.keep_streaming(deadline) for _ in range(arguments.streams)),
     )
     await client.api.close()
@@ -274,11 +204,8 @@ async def run(server: Server, vocabulary: int, arguments: argparse.Namespace) ->
         "failed": load.failed, "errors": load.errors,
         "tokens_per_s": round(load.tokens / arguments.duration_s, 1),
         "request_s": quantiles(load.seconds), "first_token_s": quantiles(load.first_token),
-        "probes_alone": {word: alone.count(word) for word in ("equal", "near tie", "different")},
-        "probes_under_load": probes,
-        "memory_mib": {
-            "host": summary(host), "gpu": summary(gpu) if gpu else None, "samples": len(host),
-        },
+        "probes_alone": {word: alone.count(word) for word in WORDS} if quiet else None,
+        "probes_under_load": others[0] if quiet else None, "memory_mib": memory,
     }  # fmt: skip
 
 
@@ -310,10 +237,12 @@ def problems(result: dict, server_ended: bool) -> list[str]:
     if not result["requests"]:
         found.append("no request was finished")
     for name in ("probes_alone", "probes_under_load"):
+        if result[name] is None:  # none were asked for
+            continue
         if result[name]["different"]:
             found.append(f"{name}: {result[name]['different']} answers differ")
-    if not sum(result["probes_under_load"].values()):
-        found.append("no probe was answered under load")
+        if not sum(result[name].values()):
+            found.append(f"{name}: no probe was answered")
     for place, limit in (("host", HOST_GROWTH), ("gpu", GPU_GROWTH)):
         grown = (result["memory_mib"][place] or {}).get("growth")
         if grown is not None and grown * MIB > limit:
@@ -327,7 +256,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", help=f"a folder, or shapes of {', '.join(MODELS)}")
+    parser.add_argument("--method", default="flute4", help="of shapes: how linear layers run")
+    parser.add_argument("--no-probes", action="store_true", help="load only, no answers compared")
+    parser.add_argument("--shared-gpu", action="store_true", help="others use the GPU meanwhile")
     parser.add_argument("--duration-s", type=float, default=600)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[8, 1024])
@@ -339,30 +271,39 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
     arguments = parser.parse_args(words[:split])
     arguments.serve = words[split + 1 :]
+    if arguments.model not in MODELS and not (Path(arguments.model) / "config.json").is_file():
+        parser.error(f"{arguments.model} is neither a folder with config.json nor known shapes")
+    if arguments.method not in methods(128):
+        parser.error(f"unknown method {arguments.method!r}; known: {', '.join(methods(128))}")
     return arguments
 
 
 @contextlib.contextmanager
-def log_file(wanted: Path | None) -> Iterator[Path]:
-    if wanted is not None:
-        yield wanted
-        return
+def prepared(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str], Path]]:
+    """Folder of the model, arguments of the server, and its log."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "log"
+        model, extra = arguments.model, []
+        if model in MODELS:
+            method = methods(128)[arguments.method]
+            model = str(write_config(Path(folder) / arguments.model, model, method))
+            extra = ["--load-format", "dummy", "--skip-tokenizer-init"]
+            extra += [word for name, value in method.engine.items()
+                      for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+        yield model, [*extra, *arguments.serve], arguments.log or Path(folder) / "log"
 
 
 def main() -> int:
     from importlib import metadata
 
     arguments = parse()
-    config = json.loads((Path(arguments.model) / "config.json").read_text())
-    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    with log_file(arguments.log) as log:
+    with prepared(arguments) as (model, serve, log):
+        config = json.loads((Path(model) / "config.json").read_text())
+        vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
         begin = time.monotonic()
-        server = Server(arguments.model, arguments.serve, log, arguments.start_limit_s)
+        server = Server(model, serve, log, arguments.start_limit_s)
         started = time.monotonic() - begin
         try:
             result = asyncio.run(run(server, vocabulary, arguments))

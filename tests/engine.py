@@ -2,8 +2,10 @@
 
 A job is a dict: ``model`` (folder), ``engine`` (arguments of vllm.LLM), ``prompts`` (token ids),
 ``tokens``, optional ``lora`` (folder), ``reload`` (true: answer again after reload_weights),
-``reload_from`` (the same with the weights of another folder, which overwrite the model's). Jobs
-of one file run one after another in one process, which saves vLLM's import each time.
+``reload_from`` (the same with the weights of another folder, which overwrite the model's),
+``then`` (names of STEPS, each followed by the same prompts again; answers under ``after``),
+``metrics`` (true: vLLM's counters). Jobs of one file run one after another in one process, which
+saves vLLM's import each time. A job that fails half way keeps the answers it had.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LIGHT_ENVIRONMENT = {
@@ -41,22 +46,49 @@ DEFAULT_ENGINE = {
 
 
 def run_jobs(jobs: list[dict], environment: dict[str, str] | None = None, timeout: int = 900):
-    """Results of each job; a job that raised has ``error`` in place of ``outputs``."""
+    """Results of each job; a job that raised has ``error``, mostly in place of ``outputs``."""
     with tempfile.TemporaryDirectory() as scratch:
-        request, response = Path(scratch, "jobs.json"), Path(scratch, "results.json")
+        request, response, log = (Path(scratch, n) for n in ("jobs.json", "results.json", "log"))
         request.write_text(json.dumps(jobs))
-        process = subprocess.run(
-            [sys.executable, __file__, str(request), str(response)],
-            env={**os.environ, **LIGHT_ENVIRONMENT, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        if not response.exists():
-            tail = (process.stdout + process.stderr)[-6000:]
-            raise RuntimeError(f"the engine process ended with {process.returncode}:\n{tail}")
-        return json.loads(response.read_text())
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(request), str(response)],
+                env={**os.environ, **LIGHT_ENVIRONMENT, **(environment or {})},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        try:
+            ended = f"ended with {process.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            ended = f"was not done within {timeout} s"
+        finally:  # workers of a stuck engine outlive it and would hold its memory
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        results = json.loads(response.read_text()) if response.exists() else []
+        if len(results) < len(jobs):
+            tail = log.read_text(errors="replace")[-6000:]
+            if not results:
+                raise RuntimeError(f"the engine process {ended}:\n{tail}")
+            lost = {"error": f"the engine process {ended}:\n{tail}"}
+            results += [lost] * (len(jobs) - len(results))
+        return results
+
+
+def run_groups(groups: dict[str, tuple[list[dict], dict[str, str]]], timeout: int = 900):
+    """Groups of jobs by name, each in a process of its own, all at once; a group: (jobs,
+    environment). A process that gave no results leaves its reason in each of its jobs."""
+
+    def run(group: tuple[list[dict], dict[str, str]]) -> list[dict]:
+        jobs, environment = group
+        try:
+            return run_jobs(jobs, environment, timeout)
+        except RuntimeError as error:
+            return [{"error": str(error)}] * len(jobs)
+
+    with ThreadPoolExecutor(max_workers=len(groups)) as pool:
+        return dict(zip(groups, pool.map(run, groups.values()), strict=True))
 
 
 def tensor_parallel_environment(ranks: int) -> dict[str, str]:
@@ -66,41 +98,87 @@ def tensor_parallel_environment(ranks: int) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
-def _run_job(job: dict) -> dict:
+def _sleep_1(llm, job: dict) -> None:
+    llm.sleep(level=1)
+    llm.wake_up()
+
+
+def _sleep_2(llm, job: dict) -> None:
+    """Level 2 forgets the weights: they come from the checkpoint again, into the same memory."""
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
+def _reload(llm, job: dict) -> None:
+    llm.collective_rpc("reload_weights")
+    llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+
+def _reload_from(llm, job: dict) -> None:
+    """The weights of another folder replace those of the model, on disk too."""
+    for file in Path(job["reload_from"]).glob("*.safetensors"):
+        shutil.copyfile(file, Path(job["model"]) / file.name)
+    _reload(llm, job)
+
+
+STEPS: dict[str, Callable] = {
+    "again": lambda llm, job: None,
+    "sleep 1": _sleep_1,
+    "sleep 2": _sleep_2,
+    "reload": _reload,
+    "reload from": _reload_from,
+}
+
+
+def _run_job(job: dict, result: dict) -> None:
+    """Fills ``result`` step by step, so that it tells how far a failing job came."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=job["model"], **{**DEFAULT_ENGINE, **job.get("engine", {})})
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=job.get("tokens", 24), logprobs=1, ignore_eos=True,
-        detokenize=False, prompt_logprobs=job.get("prompt_logprobs"),
-    )  # fmt: skip
-    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    extra = {}
-    if "lora" in job:
-        from vllm.lora.request import LoRARequest
+    try:
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=job.get("tokens", 24), logprobs=2, ignore_eos=True,
+            detokenize=False, prompt_logprobs=job.get("prompt_logprobs"),
+        )  # fmt: skip
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        extra = {}
+        if "lora" in job:
+            from vllm.lora.request import LoRARequest
 
-        extra["lora_request"] = LoRARequest("adapter", 1, job["lora"])
-    outputs = _answers(llm.generate(prompts, sampling, use_tqdm=False, **extra))
-    result = {"outputs": outputs}
-    if "reload_from" in job:  # a folder whose weights replace those of the model
-        for file in Path(job["reload_from"]).glob("*.safetensors"):
-            shutil.copyfile(file, Path(job["model"]) / file.name)
-    if job.get("reload") or "reload_from" in job:
-        llm.collective_rpc("reload_weights")
-        result["after_reload"] = _answers(llm.generate(prompts, sampling, use_tqdm=False))
-    _shut_down(llm)
-    return result
+            extra["lora_request"] = LoRARequest("adapter", 1, job["lora"])
+
+        def answers(**options) -> list[dict]:
+            return _answers(llm.generate(prompts, sampling, use_tqdm=False, **options))
+
+        result["outputs"] = answers(**extra)
+        for step in job.get("then", []):
+            STEPS[step](llm, job)
+            result.setdefault("after", {})[step] = answers()
+        if job.get("reload") or ("reload_from" in job and "then" not in job):
+            (_reload_from if "reload_from" in job else _reload)(llm, job)
+            result["after_reload"] = answers()
+        if job.get("metrics"):
+            counters = [metric for metric in llm.get_metrics() if hasattr(metric, "value")]
+            result["metrics"] = {metric.name: metric.value for metric in counters}
+    finally:
+        _shut_down(llm)
 
 
 def _answers(requests) -> list[dict]:
     answers = []
     for request in requests:
         completion = request.outputs[0]
-        logprobs = [
-            step[token].logprob
-            for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
-        ]
-        answer = {"tokens": list(completion.token_ids), "logprobs": logprobs}
+        steps = list(zip(completion.logprobs, completion.token_ids, strict=True))
+        ordered = [sorted((entry.logprob for entry in step.values()), reverse=True)
+                   for step, _ in steps]  # fmt: skip
+        answer = {
+            "tokens": list(completion.token_ids),
+            "logprobs": [step[token].logprob for step, token in steps],
+            "gaps": [best[0] - best[1] for best in ordered],  # of the two best tokens, in nats
+            "cached": request.num_cached_tokens or 0,  # of the prompt, by prefix caching
+        }
         if request.prompt_logprobs:
             answer["prompt_logprobs"] = [
                 step and {str(token): entry.logprob for token, entry in step.items()}
@@ -124,15 +202,19 @@ def main() -> None:
     request, response = map(Path, sys.argv[1:3])
     results = []
     for job in json.loads(request.read_text()):
+        result = {}
         try:
-            results.append(_run_job(job))
+            _run_job(job, result)
         except Exception as error:  # noqa: BLE001 - the test asserts on the message
             chain, current = [], error
             while current is not None:
                 chain.append(f"{type(current).__name__}: {current}")
                 current = current.__cause__ or current.__context__
-            results.append({"error": "\n".join(chain)})
-    response.write_text(json.dumps(results))
+            result["error"] = "\n".join(chain)
+        results.append(result)
+        partial = response.with_suffix(".partial")
+        partial.write_text(json.dumps(results))
+        partial.replace(response)
 
 
 if __name__ == "__main__":

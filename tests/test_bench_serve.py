@@ -61,13 +61,51 @@ def test_unknown_names_are_refused(capsys):
     assert "known are bf16, flute4" in capsys.readouterr().err
 
 
-def test_engines_that_start_together_share_the_memory():
+def test_engines_that_start_together_share_the_memory(monkeypatch):
+    monkeypatch.setattr(bench_serve, "gpu_total_bytes", lambda: 143771 << 20)
     arguments = bench_serve.parse(["--together", "4", "--methods", "marlin"])
     (run,) = bench_serve.plan(arguments, Path("/nowhere"))
     engine = bench_serve.engine_arguments(arguments, run)
-    assert engine["gpu_memory_utilization"] == 0.225
+    assert 0.05 < engine["gpu_memory_utilization"] < 0.1
     assert engine["linear_backend"] == "marlin"
     assert engine["max_num_seqs"] == 128
+
+
+def test_sizes_of_known_models():
+    """LLaMA-3 8B has 8.03e9 parameters, 70B 70.6e9."""
+    known = model_shapes.methods(128)
+    assert model_shapes.weight_bytes("8b", known["bf16"]) == pytest.approx(16.06e9, rel=1e-3)
+    assert model_shapes.weight_bytes("70b", known["bf16"]) == pytest.approx(141.1e9, rel=1e-3)
+    assert model_shapes.weight_bytes("70b", known["flute4"]) == pytest.approx(39.5e9, rel=5e-3)
+    marlin = model_shapes.weight_bytes("70b", known["marlin"])
+    assert marlin == model_shapes.weight_bytes("70b", known["flute4"])
+    assert model_shapes.cache_bytes("8b") == 131072
+    assert model_shapes.cache_bytes("70b", 2) == 163840
+
+
+def test_an_engine_that_does_not_fit_gets_a_row_that_says_so():
+    arguments = bench_serve.parse(["--models", "70b", "--tp", "2,1", "--methods", "flute4,bf16"])
+    runs = bench_serve.plan(arguments, Path("/nowhere"))
+    h200 = 143771 << 20
+    reasons = {(r.method, r.tp): bench_serve.misfit(arguments, r, h200) for r in runs}
+    assert "131 GiB of weights" in reasons.pop(("bf16", 1))
+    assert set(reasons.values()) == {None}
+    assert bench_serve.misfit(arguments, runs[-1], None) is None
+
+
+def test_groups_are_of_one_tp_and_fit_on_the_gpu_together():
+    h200 = 143771 << 20
+    options = ["--models", "70b", "--tp", "2,1", "--methods", "flute4,marlin,bf16"]
+    arguments = bench_serve.parse([*options, "--together", "3"])
+    runs = bench_serve.plan(arguments, Path("/nowhere"))[:-1]  # dense on one GPU does not fit
+    groups = bench_serve.split(arguments, runs, h200)
+    assert [[(r.method, r.tp) for r in group] for group in groups] == [
+        [("flute4", 2), ("marlin", 2), ("bf16", 2)], [("flute4", 1), ("marlin", 1)],
+    ]  # fmt: skip
+    assert [len(group) for group in bench_serve.split(arguments, runs, 50 << 30)] == [1] * 5
+    arguments = bench_serve.parse(["--methods", "flute4,bf16,marlin", "--together", "2"])
+    runs = bench_serve.plan(arguments, Path("/nowhere"))
+    assert [len(group) for group in bench_serve.split(arguments, runs, None)] == [2, 1]
 
 
 @pytest.mark.vllm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import plot_serve  # noqa: E402
 
 
 def test_cpu_table_equals_the_committed_results():
@@ -43,17 +46,15 @@ def test_gpu_table_equals_the_committed_results():
         assert values == [cells[layer, m] for m in counts]
 
 
-def test_serving_table_equals_the_committed_results():
-    path = "benchmarks/results/h200/serve.json"
-    rows = json.loads((ROOT / path).read_text())["rows"]
+def test_serving_table_and_plot_equal_the_committed_results():
+    """``python benchmarks/plot_serve.py`` writes both."""
+    record = json.loads(plot_serve.RESULTS.read_text())
+    path = plot_serve.RESULTS.relative_to(ROOT)
     table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
-    expected = {
-        tuple(f"{row['decode_ms'][batch]:.2f}" for batch in ("1", "8", "32", "128"))
-        + (str(row["prefill_tok_s"]),)
-        for row in rows
-    }
-    found = {tuple(cell.strip() for cell in line.strip("|").split("|")[1:]) for line in table[2:]}
-    assert found == expected
+    assert table == plot_serve.table(record)
+    plot = plot_serve.RESULTS.with_suffix(".svg")
+    assert plot.read_text() == plot_serve.svg(record)
+    assert f"]({plot.relative_to(ROOT)})" in README
 
 
 def test_demo_table_equals_the_committed_results():

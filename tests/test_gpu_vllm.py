@@ -1,8 +1,6 @@
 """vLLM engines on a GPU give the answers of transformers' float32 twin on the CPU.
 
-In 16 bits a near tie may fall the other way, after which two greedy streams differ for good. So a
-stream must agree up to its first near tie: a step whose two best tokens lie within TIE of each
-other in the reference.
+In 16 bits they agree up to the first near tie (see agreement.py).
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 vllm = pytest.importorskip("vllm")
+from agreement import assert_agrees_with_model  # noqa: E402
 from engine import run_jobs  # noqa: E402
 
 from flute_vllm.evaluate import load_model, load_twin  # noqa: E402
@@ -31,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "stdlib_model" / "model"
 ZOO = ROOT / "tests" / "data" / "ckpt_w4"
 TOKENS = 32
-TIE = 0.15  # nats; bf16 activations move a log-probability of this model by less than half of it
 GRAPHS = {"enforce_eager": False}  # vLLM's defaults: torch.compile and CUDA graphs
 
 
@@ -58,22 +56,6 @@ def prompts() -> list[list[int]]:
     ]
 
 
-@torch.inference_mode()
-def assert_agrees(
-    answer: dict, prompt: list[int], model: torch.nn.Module, tolerance: float, tie: float = TIE
-):
-    ids = torch.tensor([prompt + answer["tokens"]])
-    logprobs = torch.log_softmax(model(ids).logits[0].float(), -1)[len(prompt) - 1 : -1]
-    steps = zip(logprobs, answer["tokens"], answer["logprobs"], strict=True)
-    for agreed, (step, token, found) in enumerate(steps):
-        best = float(step.max())
-        if token != int(step.argmax()):
-            lost = best - float(step[token])
-            assert lost < tie, f"{agreed} tokens agree, then {token} is {lost:.3f} nats worse"
-            return
-        assert abs(float(step[token]) - found) < tolerance
-
-
 @pytest.mark.parametrize("engine", [{}, GRAPHS], ids=["eager", "compiled with graphs"])
 def test_bundled_model_in_bf16(quantized, prompts, engine):
     settings = {"dtype": "bfloat16", **engine}
@@ -87,7 +69,7 @@ def test_bundled_model_in_bf16(quantized, prompts, engine):
         assert "error" not in result, result["error"]
         model, _ = load_model(folder)
         for answer, prompt in zip(result["outputs"], prompts, strict=True):
-            assert_agrees(answer, prompt, model, tolerance=0.1)
+            assert_agrees_with_model(answer, prompt, model)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.02), ("float32", 5e-3)])
@@ -105,5 +87,5 @@ def test_zoo_checkpoint_served_and_reloaded(dtype, tolerance):
     (result,) = run_jobs([job])
     assert "error" not in result, result["error"]
     (answer,) = result["outputs"]
-    assert_agrees(answer, greedy[:8], load_twin(ZOO), tolerance, 2 * tolerance)
+    assert_agrees_with_model(answer, greedy[:8], load_twin(ZOO), tolerance, 2 * tolerance)
     assert result["after_reload"] == result["outputs"]

@@ -55,6 +55,9 @@ def test_plan_is_the_entries_as_numbers():
         numbers = plan[i * tuning.ENTRY_NUMBERS : (i + 1) * tuning.ENTRY_NUMBERS]
         assert numbers[:2] == [entry.largest_m, entry.kernel]
         assert tuple(numbers[2 : 2 + len(entry.config)]) == entry.config
+    parts = tuning.by_rows(plan)
+    for m in (*range(1, 600), 767, 768, 769, 1024, 1025, 4096, 8192, 8193, 10**6):
+        assert tuning.single(parts, m) == [0, *tuning.entry_of(found, m).numbers[1:]]
     assert tuning.entry_of(found, 1).kernel == tuning.DECODE
     assert tuning.entry_of(found, 33).largest_m == 48
     assert tuning.entry_of(found, 10**6).largest_m == 0

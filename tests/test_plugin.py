@@ -200,6 +200,38 @@ def test_forward_adds_the_bias_and_keeps_the_dtype():
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     for dtype in (torch.float16, torch.bfloat16):
         assert layer.quant_method.apply(layer, x.to(dtype)).dtype == dtype
+        wide_bias = torch.arange(8.0)
+        assert layer.quant_method.apply(layer, x.to(dtype), wide_bias).dtype == dtype
+
+
+def test_an_eager_call_passes_one_launch_and_a_graph_all(monkeypatch):
+    """Looked up by the rows of x, whatever its leading dimensions; no device is needed for that."""
+    from flute_vllm import tuning
+
+    spec = LayerSpec(4, 32)
+    with fake_rank(0, 1):
+        layer = make_layer(
+            "ColumnParallelLinear", native_config(), "a", input_size=64, output_size=8, bias=False
+        )
+        load(layer, random_matrix(8, 64, spec, seed=0))
+        finish(layer)
+    layer.flute_plan = tuning.plan(8, 64, 4, 32, (8,), tuning.H200)
+    layer.flute_plan_parts = tuning.by_rows(layer.flute_plan)
+    gemm, seen = torch.ops.flute.gemm, []
+
+    class Recorder:
+        def __call__(self, *arguments):
+            seen.append(arguments[-1])
+            return gemm(*arguments[:-1], [])
+
+    monkeypatch.setattr(torch.ops.flute, "gemm", Recorder())
+    for shape in ((1, 64), (2, 50, 64), (0, 64)):
+        layer.quant_method.apply(layer, torch.randn(shape))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer.quant_method.apply(layer, torch.randn(1, 64))
+    found = tuning.entries(8, 64, 4, 32, (8,), tuning.H200)
+    wanted = [[0, *tuning.entry_of(found, m).numbers[1:]] for m in (1, 100, 0)]
+    assert seen == [*wanted, layer.flute_plan]
 
 
 # --- which layers are quantized -----------------------------------------------------------------

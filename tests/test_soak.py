@@ -16,6 +16,7 @@ from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import soak  # noqa: E402
+import soak_server  # noqa: E402
 
 MIB = soak.MIB
 GOOD = {
@@ -47,7 +48,8 @@ def test_growth_compares_the_last_third_with_the_one_before():
         ({"failed": 2, "errors": ["Timeout"]}, "2 requests failed"),
         ({"requests": 0}, "no request was finished"),
         ({"probes_alone": {"equal": 7, "near tie": 0, "different": 1}}, "probes_alone"),
-        ({"probes_under_load": dict.fromkeys(("equal", "near tie", "different"), 0)}, "no probe"),
+        ({"probes_under_load": dict.fromkeys(soak.WORDS, 0)}, "no probe"),
+        ({"probes_alone": None, "probes_under_load": None}, None),
         ({"memory_mib": {"host": {"growth": 129}, "gpu": None}}, "host memory grew"),
         ({"memory_mib": {"host": {"growth": None}, "gpu": {"growth": 65}}}, "gpu memory grew"),
     ],
@@ -63,14 +65,30 @@ def test_a_server_that_ended_is_a_problem():
 
 
 def test_arguments_after_the_dashes_go_to_the_server():
-    arguments = soak.parse(["model", "--streams", "3", "--", "--max-model-len", "512"])
+    arguments = soak.parse(["tiny", "--streams", "3", "--", "--max-model-len", "512"])
     assert arguments.streams == 3
     assert arguments.serve == ["--max-model-len", "512"]
 
 
+def test_memory_of_the_servers_own_processes(monkeypatch):
+    answers = {"compute-apps=pid,used_memory": ["7, 300", "8, 40", "9, [N/A]"],
+               "gpu=memory.used": ["1000", "20"]}  # fmt: skip
+    monkeypatch.setattr(soak_server, "ask_gpus", answers.get)
+    assert soak_server.gpu_bytes() == 1020 * MIB
+    assert soak_server.gpu_bytes({8, 7, 5}) == 340 * MIB
+    assert soak_server.gpu_bytes({9}) is None  # listed without its memory
+    assert soak_server.gpu_bytes({1}) is None
+
+
+def test_unknown_model_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        soak.parse(["/nowhere"])
+    assert "neither a folder" in capsys.readouterr().err
+
+
 def test_a_server_that_does_not_start_tells_why(tmp_path):
     with pytest.raises(RuntimeError, match="ended with"):
-        soak.Server(str(tmp_path), ["--no-such-flag"], tmp_path / "log", 120)
+        soak_server.Server(str(tmp_path), ["--no-such-flag"], tmp_path / "log", 120)
 
 
 @pytest.mark.vllm
@@ -95,3 +113,25 @@ def test_short_run(tmp_path):
     assert record["passed"]
     assert record["requests"] > 0
     assert record["probes_alone"]["equal"] == soak.PROBES
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_shapes_without_weights(tmp_path):
+    """The tiny shapes, load only: no tokenizer, dummy weights."""
+    pytest.importorskip("vllm")
+    out = tmp_path / "soak.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "soak.py"), "tiny", "--no-probes",
+        "--duration-s", "8", "--streams", "2", "--prompt-tokens", "8", "60", "--new-tokens",
+        "4", "16", "--out", str(out), "--", "--max-model-len", "256", "--max-num-seqs", "4",
+        "--enforce-eager", "--kv-cache-memory-bytes", str(32 << 20),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if not torch.cuda.is_available():
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert record["requests"] > 0
+    assert record["probes_alone"] is None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 from engine import run_jobs, tensor_parallel_environment  # noqa: E402
+from lora import merge, write_adapter  # noqa: E402
 from native_writer import write_native  # noqa: E402
 from tiny_models import PROMPTS, greedy_with_transformers, write_tiny_model  # noqa: E402
 from zoo_writer import random_table, write_zoo_checkpoint  # noqa: E402
@@ -108,24 +109,8 @@ def job(models: dict[str, Path], name: str, **fields) -> dict:
 @pytest.fixture(scope="module")
 def adapter(models) -> Path:
     """A LoRA adapter of rank 8 for the llama model, in PEFT's layout."""
-    folder = models["llama"] / "adapter"
-    folder.mkdir()
-    config = {
-        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none", "task_type": "CAUSAL_LM",
-        "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(7)
-    tensors = {}
-    for name, weight in load_file(models["llama"] / "twin" / "model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in config["target_modules"]:
-            rows, columns = weight.shape
-            prefix = f"base_model.model.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, columns, generator=generator) / 8
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 8
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
+    weights = load_file(models["llama"] / "twin" / "model.safetensors")
+    return write_adapter(weights, models["llama"] / "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -226,14 +211,7 @@ def test_reloaded_weights_give_the_answers_of_the_new_ones(single, reloads, name
 
 def test_lora_over_quantized_linears_equals_merged_weights(single, models, adapter, tmp_path):
     weights = load_file(models["llama"] / "twin" / "model.safetensors")
-    lora = load_file(adapter / "adapter_model.safetensors")
-    merged = {}
-    for name, weight in weights.items():
-        prefix = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{prefix}.lora_A.weight" in lora:
-            delta = lora[f"{prefix}.lora_B.weight"] @ lora[f"{prefix}.lora_A.weight"]
-            weight = weight.float() + 2.0 * delta  # lora_alpha / r
-        merged[name] = weight.float()
+    merged = merge(weights, adapter)
     save_file(merged, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((models["llama"] / "twin/config.json").read_bytes())
     expected = greedy_with_transformers(tmp_path)

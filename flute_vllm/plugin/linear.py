@@ -79,6 +79,7 @@ class FluteLinearMethod(LinearMethodBase):
         layer.flute_parts = list(parts)
         layer.flute_dtype = dtype  # of activations
         layer.flute_plan = []  # launches of the GPU kernels, once the weights are there
+        layer.flute_plan_parts = None  # the same, to look up one
 
     def make_parameters(
         self,
@@ -192,16 +193,22 @@ class FluteLinearMethod(LinearMethodBase):
             tuple(layer.flute_parts), tuning.device_of(records.device), pair=table.dim() == 3,
             overlap=1,
         )  # fmt: skip
+        layer.flute_plan_parts = tuning.by_rows(layer.flute_plan)
         return {"qweight": records, "scales": scales.new_empty(0), "table": table}
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        plan = layer.flute_plan
+        # A graph serves any number of rows, so the op looks its entry up; an eager call does here.
+        if plan and not torch.compiler.is_compiling():
+            plan = tuning.single(layer.flute_plan_parts, x.numel() // layer.flute_in_features)
         y = torch.ops.flute.gemm(
             x, layer.qweight, layer.scales, layer.table, layer.flute_parts,
-            self.spec.bits, self.spec.group_size, layer.flute_plan,
+            self.spec.bits, self.spec.group_size, plan,
         )  # fmt: skip
-        return y if bias is None else y + bias
+        # y is ours alone: no second output, and the dtype stays whatever that of the bias is.
+        return y if bias is None else y.add_(bias)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """Dense [N, K] of this rank, in the dtype of the scales; vLLM requantizes from it."""

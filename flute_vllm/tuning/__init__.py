@@ -39,9 +39,11 @@ from flute_vllm.tuning.plan import (
     SM90_BUCKETS,
     TILE,
     Entry,
+    by_rows,
     entries,
     entry_of,
     plan,
+    single,
 )
 
 __all__ = [
@@ -77,5 +79,7 @@ __all__ = [
     "launch",
     "measured",
     "plan",
+    "single",
+    "by_rows",
     "select",
 ]
