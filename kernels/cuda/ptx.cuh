@@ -252,6 +252,13 @@ __device__ __forceinline__ void warps_sync(int id, int warps) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(warps * 32) : "memory");
 }
 
+// 0, but the compiler does not know: the mask of the lanes below this one never has the last.
+__device__ __forceinline__ uint32_t zero_in_each_lane() {
+  uint32_t below;
+  asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
+  return below >> 31;
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------
 // (a & b) | c in one instruction
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {

@@ -157,6 +157,10 @@ void wait_copies() {
   }
 }
 
+inline uint32_t zero_in_each_lane() {
+  return 0;
+}
+
 // ---- arithmetic --------------------------------------------------------------------------------
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   return (a & b) | c;
