@@ -20,10 +20,9 @@ COLUMNS = (16, 32, 64, 128)
 ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
 PREFILL_COLUMNS = (128, 192)
 PREFILL_TILES = 16  # 16-row tiles of a block and round
-WARPGROUPS = 4
 MAX_STAGES, MAX_X_STAGES = 16, 8
+D8 = 2
 TABLE_BYTES = TABLE_OFFSET = 65536
-BARRIER_BYTES = 16 * MAX_STAGES * 8 + WARPGROUPS * MAX_X_STAGES * 16
 RESERVED = 1024  # of a block's shared memory, before its first byte
 PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
 IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
@@ -37,6 +36,9 @@ class Problem(ProblemBase):
         """Of a request of weights: two records."""
         return 2 * self.record_bytes
 
+    def slot_of(self, config):
+        return (D8 if config.warpgroups == 8 else 2) * self.record_bytes
+
 
 @dataclass(frozen=True)
 class Config:
@@ -46,7 +48,7 @@ class Config:
     columns: int
     rows: int
     row_tiles: int
-    row_groups: int = WARPGROUPS
+    row_groups: int = 4
     splits: int = 1
     stages: int = 0  # 0: chosen here, in `complete`
     x_stages: int = 0  # likewise
@@ -57,8 +59,16 @@ class Config:
         return self.rows == 2 and self.columns in PREFILL_COLUMNS
 
     @property
+    def warpgroups(self) -> int:
+        return 8 if self.columns <= 32 and self.rows == 1 else 4
+
+    @property
     def k_groups(self) -> int:
-        return WARPGROUPS // self.row_groups
+        return self.warpgroups // self.row_groups
+
+    @property
+    def barrier_bytes(self) -> int:
+        return self.warpgroups * (4 * MAX_STAGES * 8 + MAX_X_STAGES * 16)
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -110,21 +120,23 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     if (
         config.rows not in ROWS.get(config.columns, ())
         or config.row_tiles < 1
-        or config.row_groups not in (1, 2, 4)
+        or config.row_groups not in (1, 2, 4, 8)
+        or config.row_groups > config.warpgroups
         or config.splits not in (1, 2, 4, 8)
-        or ((config.row_groups < WARPGROUPS or config.splits > 1)
+        or ((config.row_groups < config.warpgroups or config.splits > 1)
             and config.row_tiles > 4 * config.rows * config.row_groups)
         or config.overlap < 0
         or not 1 <= config.stages <= MAX_STAGES
         or not 2 <= config.x_stages <= MAX_X_STAGES
     ):  # fmt: skip
         return None
-    region = config.stages * problem.slot_bytes
+    region = config.stages * problem.slot_of(config)
     before = TABLE_OFFSET - RESERVED
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
-    low = min(16, (before - BARRIER_BYTES) // region)
-    sums = 16 * config.rows * config.columns * (TILE_ROWS + 4) * 4
-    total = max(high + (16 - low) * region, sums)
+    warps = 4 * config.warpgroups
+    low = min(warps, (before - config.barrier_bytes) // region)
+    sums = warps * config.rows * config.columns * (TILE_ROWS + 4) * 4
+    total = max(high + (warps - low) * region, sums)
     if total > device.shared_bytes:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
@@ -141,7 +153,7 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
         wanted = (config.stages,) if config.stages else (4, 3, 2)
         x_wanted = (config.x_stages,) if config.x_stages else (6, 4, 3)
     else:
-        most = IN_FLIGHT // (16 * problem.slot_bytes)
+        most = IN_FLIGHT // (4 * config.warpgroups * problem.slot_of(config))
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
         x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
@@ -170,10 +182,11 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    for rows, row_groups in itertools.product(ROWS[columns], (1, 2, 4)):
-                        whole = row_groups == WARPGROUPS and splits == 1
-                        if whole or row_tiles <= 4 * rows * row_groups:
-                            yield Config(columns, rows, row_tiles, row_groups, splits)
+                    for rows, row_groups in itertools.product(ROWS[columns], (1, 2, 4, 8)):
+                        config = Config(columns, rows, row_tiles, row_groups, splits)
+                        whole = config.k_groups == 1 and splits == 1
+                        if config.k_groups and (whole or row_tiles <= 4 * rows * row_groups):
+                            yield config
         yield Config(columns, 1, 4, 1)  # always legal
 
 

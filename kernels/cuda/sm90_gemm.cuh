@@ -7,9 +7,9 @@
 // itself. So x costs no instruction and no register; with mma.sync, loading it into every warp was
 // the limit from 16 rows on (benchmarks/NOTES.md).
 //
-// A warpgroup decodes one half of a 64 x 128 tile while the tensor cores multiply the other; four
-// warpgroups a block fill the gaps that remain. They form row groups, and within one they split k.
-// All sums are in a fixed order.
+// A warpgroup decodes one half of a 64 x 128 tile while the tensor cores multiply the other; the
+// others of the block, four or eight in all, fill the gaps. They form row groups, and within one
+// they split k. All sums are in a fixed order.
 #pragma once
 
 #include "sm90_products.cuh"
@@ -19,8 +19,12 @@ namespace flute {
 constexpr int kPartialPad = 4;  // floats after a column of 16 sums; avoids bank conflicts
 
 // Barriers of a block: of each warp's ring, then of each k group's x, filled and emptied.
-constexpr int kXBarriers = kWarpgroups * 4 * kMaxSlots * 8;
-constexpr int kSm90BarrierBytes = kXBarriers + kWarpgroups * kMaxXStages * 2 * 8;
+constexpr int sm90_x_barriers(int warpgroups) {
+  return warpgroups * 4 * kMaxSlots * 8;
+}
+constexpr int sm90_barrier_bytes(int warpgroups) {
+  return sm90_x_barriers(warpgroups) + warpgroups * kMaxXStages * 2 * 8;
+}
 
 // Bytes of a warp's sums in shared memory.
 constexpr int sm90_partial_bytes(int columns) {
@@ -87,9 +91,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
   ring.barriers = base + warp * kMaxSlots * 8;
-  ring.slots_at = base + warp * p.region_bytes +
-                  (warp < p.low_regions ? static_cast<uint32_t>(kSm90BarrierBytes)
-                                        : p.high_region - p.low_regions * p.region_bytes);
+  ring.slots_at =
+      base + warp * p.region_bytes +
+      (warp < p.low_regions ? static_cast<uint32_t>(sm90_barrier_bytes(Shape::kWarpgroups))
+                            : p.high_region - p.low_regions * p.region_bytes);
   const uint32_t tile_step = p.k_tiles * (Shape::kRecord / 16);
   ring.next =
       (block.first_tile + 4 * row_group + quarter) * tile_step + begin * (Shape::kRecord / 16);
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.policy = evict_first_policy();
 
   XRing<Shape> x;
-  x.filled = base + kXBarriers + k_group * kMaxXStages * 16;
+  x.filled = base + sm90_x_barriers(Shape::kWarpgroups) + k_group * kMaxXStages * 16;
   x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset + k_group * p.x_stages * Shape::kXStage;
   x.map = &x_map, x.stages = p.x_stages, x.lag = p.x_lag;
@@ -146,9 +151,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     products.clear();
     auto free_slot = [&] { ring.free(p.records, lane); };
 #pragma unroll 1
-    for (int step = 0; 2 * step < k_tiles; step++) {
+    for (int step = 0; Shape::kDepth * step < k_tiles; step++) {
       const int x0 = x.take();
-      if (2 * step + 1 < k_tiles) {
+      if (Shape::kDepth == 2 && 2 * step + 1 < k_tiles) {  // else one k tile
         int x1 = 0;
         for_constants<Shape::kRows>([&](auto row) {
           constexpr int kFirst = 2 * decltype(row)::value;
