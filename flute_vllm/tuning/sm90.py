@@ -21,23 +21,18 @@ ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgr
 PREFILL_COLUMNS = (128, 192)
 PREFILL_TILES = 16  # 16-row tiles of a block and round
 MAX_STAGES, MAX_X_STAGES = 16, 8
-D8 = 2
 TABLE_BYTES = TABLE_OFFSET = 65536
 RESERVED = 1024  # of a block's shared memory, before its first byte
 PREFILL_BARRIER_BYTES = (8 * MAX_STAGES + 2 * MAX_X_STAGES) * 8
-IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
+IN_FLIGHT = 70_000  # bytes of weights; more gains nothing, from 110,000 on it costs bandwidth
 
 
 class Problem(ProblemBase):
     KERNEL = "Hopper"
 
-    @property
-    def slot_bytes(self) -> int:
-        """Of a request of weights: two records."""
-        return 2 * self.record_bytes
-
-    def slot_of(self, config):
-        return (D8 if config.warpgroups == 8 else 2) * self.record_bytes
+    def slot_bytes(self, config: Config) -> int:
+        """Of a request of weights."""
+        return config.depth * self.record_bytes
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,11 @@ class Config:
     @property
     def warpgroups(self) -> int:
         return 8 if self.columns <= 32 and self.rows == 1 else 4
+
+    @property
+    def depth(self) -> int:
+        """k tiles of a request of weights."""
+        return 1 if self.warpgroups == 8 else 2
 
     @property
     def k_groups(self) -> int:
@@ -92,7 +92,7 @@ def _blocks_of_rows(problem: Problem, config: Config) -> int:
 
 
 def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch | None:
-    rings = PREFILL_BARRIER_BYTES + 8 * config.stages * problem.slot_bytes
+    rings = PREFILL_BARRIER_BYTES + 8 * config.stages * problem.slot_bytes(config)
     box = config.columns * 128
     total = TABLE_OFFSET - RESERVED + TABLE_BYTES + config.x_stages * box
     if (
@@ -130,7 +130,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
         or not 2 <= config.x_stages <= MAX_X_STAGES
     ):  # fmt: skip
         return None
-    region = config.stages * problem.slot_of(config)
+    region = config.stages * problem.slot_bytes(config)
     before = TABLE_OFFSET - RESERVED
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
     warps = 4 * config.warpgroups
@@ -147,13 +147,13 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     """Fills in ``stages`` and ``x_stages`` where they are 0; None if nothing fits.
 
-    Two requests of weights a warp, or about 100 KB; then as much of x as fits.
+    Requests of weights up to about 70 KB; then as much of x as fits.
     """
     if config.prefill:
         wanted = (config.stages,) if config.stages else (4, 3, 2)
         x_wanted = (config.x_stages,) if config.x_stages else (6, 4, 3)
     else:
-        most = IN_FLIGHT // (4 * config.warpgroups * problem.slot_of(config))
+        most = IN_FLIGHT // (4 * config.warpgroups * problem.slot_bytes(config))
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
         x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
@@ -187,7 +187,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                         whole = config.k_groups == 1 and splits == 1
                         if config.k_groups and (whole or row_tiles <= 4 * rows * row_groups):
                             yield config
-        yield Config(columns, 1, 4, 1)  # always legal
+        yield Config(columns, 1, 4, 8 if columns <= 32 else 4)  # always legal
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
@@ -202,16 +202,16 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
         return waves * (rounds * (problem.k_tiles * 17.5 * config.columns + 4000) + 6000)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
-    tiles64 = config.row_tiles / 4
-    rounds = math.ceil(tiles64 / config.row_groups)  # of 64 rows, side by side or not
-    # A 64 x 128 tile: shared memory (table, codes, x) or tensor cores if all warpgroups are busy,
-    # the latency of one warpgroup if they are not.
-    shared = 260 + 2.3 * config.columns
-    busy = tiles64 * config.k_groups * k_each * max(shared, 4 * config.columns)
+    # Tiles of 64 rows; a warpgroup with two of them side by side multiplies the second even where
+    # it is missing.
+    tiles64 = config.rows * math.ceil(config.row_tiles / 4 / config.rows)
+    rounds = config.rows * math.ceil(tiles64 / config.rows / config.row_groups)
+    # A 64 x 128 tile: measured where all warpgroups are busy, the latency of one where they are not.
+    busy = tiles64 * config.k_groups * k_each * (240 + 4 * config.columns)
     alone = rounds * k_each * (700 + 4 * config.columns)
-    ends = 4500 + 12 * config.columns + (1500 if config.splits > 1 else 0)
+    ends = 4500 + 12 * config.columns + 1500 * math.log2(config.splits)
     ends += 300 * config.k_groups
-    stored = problem.n * problem.k_tiles * problem.slot_bytes / 32
+    stored = problem.n * problem.k_tiles * problem.record_bytes / 16
     memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)
 
