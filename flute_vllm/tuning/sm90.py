@@ -17,7 +17,6 @@ from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
 from flute_vllm.tuning.problem import ProblemBase
 
 COLUMNS = (16, 32, 64, 128)
-ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
 PREFILL_COLUMNS = (128, 192)
 PREFILL_TILES = 16  # 16-row tiles of a block and round
 MAX_STAGES, MAX_X_STAGES = 16, 8
@@ -55,7 +54,7 @@ class Config:
 
     @property
     def warpgroups(self) -> int:
-        return 8 if self.columns <= 32 and self.rows == 1 else 4
+        return 8 if self.columns <= 32 else 4
 
     @property
     def depth(self) -> int:
@@ -118,13 +117,14 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     if config.prefill:
         return _prefill_launch(problem, config, device)
     if (
-        config.rows not in ROWS.get(config.columns, ())
+        config.rows != 1
+        or config.columns not in COLUMNS
         or config.row_tiles < 1
         or config.row_groups not in (1, 2, 4, 8)
         or config.row_groups > config.warpgroups
         or config.splits not in (1, 2, 4, 8)
         or ((config.row_groups < config.warpgroups or config.splits > 1)
-            and config.row_tiles > 4 * config.rows * config.row_groups)
+            and config.row_tiles > 4 * config.row_groups)
         or config.overlap < 0
         or not 1 <= config.stages <= MAX_STAGES
         or not 2 <= config.x_stages <= MAX_X_STAGES
@@ -135,7 +135,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
     warps = 4 * config.warpgroups
     low = min(warps, (before - config.barrier_bytes) // region)
-    sums = warps * config.rows * config.columns * (TILE_ROWS + 4) * 4
+    sums = warps * config.columns * (TILE_ROWS + 4) * 4
     total = max(high + (warps - low) * region, sums)
     if total > device.shared_bytes:
         return None
@@ -182,10 +182,10 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    for rows, row_groups in itertools.product(ROWS[columns], (1, 2, 4, 8)):
-                        config = Config(columns, rows, row_tiles, row_groups, splits)
+                    for row_groups in (1, 2, 4, 8):
+                        config = Config(columns, 1, row_tiles, row_groups, splits)
                         whole = config.k_groups == 1 and splits == 1
-                        if config.k_groups and (whole or row_tiles <= 4 * rows * row_groups):
+                        if config.k_groups and (whole or row_tiles <= 4 * row_groups):
                             yield config
         yield Config(columns, 1, 4, 8 if columns <= 32 else 4)  # always legal
 
@@ -202,10 +202,8 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
         return waves * (rounds * (problem.k_tiles * 17.5 * config.columns + 4000) + 6000)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
-    # Tiles of 64 rows; a warpgroup with two of them side by side multiplies the second even where
-    # it is missing.
-    tiles64 = config.rows * math.ceil(config.row_tiles / 4 / config.rows)
-    rounds = config.rows * math.ceil(tiles64 / config.rows / config.row_groups)
+    tiles64 = math.ceil(config.row_tiles / 4)  # of 64 rows
+    rounds = math.ceil(tiles64 / config.row_groups)
     # A 64 x 128 tile: measured where all warpgroups are busy, the latency of one where they are not.
     busy = tiles64 * config.k_groups * k_each * (240 + 4 * config.columns)
     alone = rounds * k_each * (700 + 4 * config.columns)

@@ -28,7 +28,7 @@ Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
   plan.low_regions = (before - sm90_barrier_bytes(Shape::kWarpgroups)) / plan.region_bytes;
   if (plan.low_regions > kWarps) plan.low_regions = kWarps;
   plan.total = plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
-  const int sums = kWarps * Shape::kRows * sm90_partial_bytes(Shape::kColumns);
+  const int sums = kWarps * sm90_partial_bytes(Shape::kColumns);
   if (sums > plan.total) plan.total = sums;
   if (plan.total > limit) plan.total = -1;
   return plan;
@@ -47,7 +47,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
       config.x_stages > kMaxXStages)
     return kBadConfig;
   // Sums that several warpgroups or blocks share are added up once, at the end.
-  if ((groups < Shape::kWarpgroups || splits > 1) && config.row_tiles > 4 * Shape::kRows * groups)
+  if ((groups < Shape::kWarpgroups || splits > 1) && config.row_tiles > 4 * groups)
     return kBadConfig;
 
   static std::atomic<int> prepared[kMaxDevices];
@@ -102,8 +102,8 @@ int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
     return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
                                                                         records, table, y, stream);
   else
-    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups, Rows>>(matrix, config, m, x,
-                                                                        records, table, y, stream);
+    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups>>(matrix, config, m, x, records,
+                                                                  table, y, stream);
 }
 
 template <int Bits, typename T, int Columns, int Rows>
@@ -131,9 +131,7 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
                                                       stream)
   switch (config.columns * 8 + config.rows) {
     FLUTE_CASE(16, 1);
-    FLUTE_CASE(16, 2);
     FLUTE_CASE(32, 1);
-    FLUTE_CASE(32, 2);
     FLUTE_CASE(64, 1);
     FLUTE_CASE(128, 1);
     FLUTE_CASE(128, 2);

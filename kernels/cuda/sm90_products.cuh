@@ -6,21 +6,16 @@
 
 namespace flute {
 
-// Warpgroups of a block.
-__host__ __device__ constexpr int sm90_warpgroups(int columns, int rows) {
-  return columns <= 32 && rows == 1 ? 8 : 4;
-}
-
-template <int Bits_, typename T_, int Columns_, int Groups_, int Rows_>
+template <int Bits_, typename T_, int Columns_, int Groups_>
 struct Sm90Shape {
   using T = T_;
   static constexpr int kBits = Bits_;
   static constexpr int kColumns = Columns_;  // rows of x of a block: 16, 32, 64, 128
   static constexpr int kGroups = Groups_;    // groups of a record: 1, 2, 4
-  static constexpr int kRows = Rows_;        // 64-row tiles of a warpgroup side by side: 1, 2
+  static constexpr int kRows = 1;            // 64-row tiles of a warpgroup side by side
   // Few columns need few registers: eight warpgroups, each of which waits for its products before
   // it decodes on, as the others fill the gaps. Four overlap the halves of a tile by themselves.
-  static constexpr int kWarpgroups = sm90_warpgroups(Columns_, Rows_);
+  static constexpr int kWarpgroups = Columns_ <= 32 ? 8 : 4;  // of a block
   static constexpr int kThreads = kWarpgroups * 128;
   static constexpr int kBuffers = kWarpgroups == 8 ? 1 : 2;  // decoded halves of a tile at a time
   // k tiles of a step, and of a request of weights: a bulk copy holds up shared memory for some
@@ -34,7 +29,7 @@ struct Sm90Shape {
   static constexpr int kXStage = kXBoxes * kBoxBytes;
   // With few columns and one group, sums of a k tile take fewer multiplications than its weights,
   // but registers for its own sums.
-  static constexpr bool kScaleSums = Columns_ <= (kWarpgroups == 8 ? 16 : 32) && Groups_ == 1;
+  static constexpr bool kScaleSums = Columns_ == 16 && Groups_ == 1;
 };
 
 #if FLUTE_HAS_WGMMA
@@ -106,7 +101,7 @@ template <typename Shape>
 struct Products {
   static constexpr int kCount = Shape::kColumns / 2, kBuffers = Shape::kBuffers;
   using T = typename Shape::T;
-  float sums[Shape::kRows][kCount];
+  float sums[kCount];
   // Of the tile in hand and, with two buffers, the one before.
   float part[kBuffers][Shape::kScaleSums ? kCount : 1];
   float2 scale;                   // of the tile in hand
@@ -116,9 +111,7 @@ struct Products {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int r = 0; r < Shape::kRows; r++)
-#pragma unroll
-      for (int i = 0; i < kCount; i++) sums[r][i] = 0;
+    for (int i = 0; i < kCount; i++) sums[i] = 0;
   }
 
   // Scales first: when the codes have arrived, they have.
@@ -135,11 +128,10 @@ struct Products {
     constexpr int kPart = Unit % kBuffers;
     pin(part[kPart]);
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      sums[Unit / 2][i] += (i & 2 ? scale.y : scale.x) * part[kPart][i];
+    for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? scale.y : scale.x) * part[kPart][i];
   }
 
-  // Tile `Unit` of a step: k tile Unit % 2 of row Unit / 2. Its codes are loaded; `decoded` runs
+  // k tile `Unit` of a step. Its codes are loaded; `decoded` runs
   // when they have been used, `previous_done` when the tile before has been multiplied.
   // `Previous`: the tile before in this step, or -1.
   template <int Unit, int Previous, typename PreviousDone, typename Decoded>
@@ -166,7 +158,7 @@ struct Products {
       if constexpr (Shape::kScaleSums)
         multiply_box<T, Shape::kColumns>(part[Unit % kBuffers], a[buffer], box, half == 1);
       else
-        multiply_box<T, Shape::kColumns>(sums[Unit / 2], a[buffer], box, true);
+        multiply_box<T, Shape::kColumns>(sums, a[buffer], box, true);
     }
   }
 
@@ -178,24 +170,18 @@ struct Products {
     if constexpr (Shape::kScaleSums) {
       fold<Unit>();
     } else {
-#pragma unroll
-      for (int r = 0; r < Shape::kRows; r++) pin(sums[r]);
+      pin(sums);
     }
   }
 
-  // The first `rows` row tiles, `row_bytes` apart, as columns of 16 + Pad floats: [row of x][row of
-  // w].
+  // As columns of 16 + Pad floats: [row of x][row of w].
   template <int Pad>
-  __device__ __forceinline__ void store(uint32_t to, int row_bytes, int rows, int lane) const {
+  __device__ __forceinline__ void store(uint32_t to, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int r = 0; r < Shape::kRows; r++) {
-      if (r >= rows) break;
-#pragma unroll
-      for (int i = 0; i < kCount; i++) {
-        const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
-        store_shared_float(to + r * row_bytes + (column * (kTileRows + Pad) + row) * 4, sums[r][i]);
-      }
+    for (int i = 0; i < kCount; i++) {
+      const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
+      store_shared_float(to + (column * (kTileRows + Pad) + row) * 4, sums[i]);
     }
   }
 };
