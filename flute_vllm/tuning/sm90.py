@@ -204,7 +204,7 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = math.ceil(config.row_tiles / 4)  # of 64 rows
     rounds = math.ceil(tiles64 / config.row_groups)
-    # A 64 x 128 tile: measured where all warpgroups are busy, the latency of one where they are not.
+    # A 64 x 128 tile: measured where all warpgroups are busy, latency where few are.
     busy = tiles64 * config.k_groups * k_each * (240 + 4 * config.columns)
     alone = rounds * k_each * (700 + 4 * config.columns)
     ends = 4500 + 12 * config.columns + 1500 * math.log2(config.splits)
