@@ -17,28 +17,24 @@ from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
 from flute_vllm.tuning.problem import ProblemBase
 
 COLUMNS = (16, 32, 64, 128)
-ROWS = {16: (1, 2), 32: (1, 2), 64: (1,), 128: (1,)}  # 64-row tiles of a warpgroup, as compiled
 PREFILL_COLUMNS = (192, 256)
 PREFILL_TILES = 8  # 16-row tiles of a block
 PREFILL_GROUPS = 2  # warpgroups of a block that multiply
-WARPGROUPS = 4
 MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
-BARRIER_BYTES = 16 * MAX_STAGES * 8 + WARPGROUPS * MAX_X_STAGES * 16
 RESERVED = 1024  # of a block's shared memory, before its first byte
 PREFILL_STAGES = 8  # of weights and of x, at most
 PREFILL_BARRIER_BYTES = 1024
 PREFILL_STAGED_BYTES = 2 * 32 * 144  # sums of a warpgroup on their way out
-IN_FLIGHT = 110_000  # bytes of weights; more cuts the bandwidth (benchmarks/NOTES.md)
+IN_FLIGHT = 70_000  # bytes of weights; more gains nothing, from 110,000 on it costs bandwidth
 
 
 class Problem(ProblemBase):
     KERNEL = "Hopper"
 
-    @property
-    def slot_bytes(self) -> int:
-        """Of a request of weights: two records."""
-        return 2 * self.record_bytes
+    def slot_bytes(self, config: Config) -> int:
+        """Of a request of weights."""
+        return config.depth * self.record_bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Config:
     columns: int
     rows: int
     row_tiles: int
-    row_groups: int = WARPGROUPS
+    row_groups: int = 4
     splits: int = 1
     stages: int = 0  # 0: chosen here, in `complete`
     x_stages: int = 0  # likewise
@@ -61,8 +57,21 @@ class Config:
         return self.rows == 2 and self.columns in PREFILL_COLUMNS
 
     @property
+    def warpgroups(self) -> int:
+        return 8 if self.columns <= 32 else 4
+
+    @property
+    def depth(self) -> int:
+        """k tiles of a request of weights."""
+        return 1 if self.warpgroups == 8 else 2
+
+    @property
     def k_groups(self) -> int:
-        return WARPGROUPS // self.row_groups
+        return self.warpgroups // self.row_groups
+
+    @property
+    def barrier_bytes(self) -> int:
+        return self.warpgroups * (4 * MAX_STAGES * 8 + MAX_X_STAGES * 16)
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -87,7 +96,7 @@ def _blocks_of_rows(problem: Problem, config: Config) -> int:
 
 def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     x_bytes = config.x_stages * config.columns * TILE_K
-    rings = 4 * config.stages * problem.slot_bytes
+    rings = 4 * config.stages * problem.slot_bytes(config)
     total = PREFILL_BARRIER_BYTES + x_bytes + PREFILL_GROUPS * (PREFILL_STAGED_BYTES + rings)
     sums = PREFILL_GROUPS * 64 * config.columns * 4
     if (
@@ -123,23 +132,26 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     if config.prefill:
         return _prefill_launch(problem, config, device)
     if (
-        config.rows not in ROWS.get(config.columns, ())
+        config.rows != 1
+        or config.columns not in COLUMNS
         or config.row_tiles < 1
-        or config.row_groups not in (1, 2, 4)
+        or config.row_groups not in (1, 2, 4, 8)
+        or config.row_groups > config.warpgroups
         or config.splits not in (1, 2, 4, 8)
-        or ((config.row_groups < WARPGROUPS or config.splits > 1)
-            and config.row_tiles > 4 * config.rows * config.row_groups)
+        or ((config.row_groups < config.warpgroups or config.splits > 1)
+            and config.row_tiles > 4 * config.row_groups)
         or config.overlap < 0
         or not 1 <= config.stages <= MAX_STAGES
         or not 2 <= config.x_stages <= MAX_X_STAGES
     ):  # fmt: skip
         return None
-    region = config.stages * problem.slot_bytes
+    region = config.stages * problem.slot_bytes(config)
     before = TABLE_OFFSET - RESERVED
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
-    low = min(16, (before - BARRIER_BYTES) // region)
-    sums = 16 * config.rows * config.columns * (TILE_ROWS + 4) * 4
-    total = max(high + (16 - low) * region, sums)
+    warps = 4 * config.warpgroups
+    low = min(warps, (before - config.barrier_bytes) // region)
+    sums = warps * config.columns * (TILE_ROWS + 4) * 4
+    total = max(high + (warps - low) * region, sums)
     if total > device.shared_bytes:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
@@ -150,13 +162,13 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     """Fills in ``stages`` and ``x_stages`` where they are 0; None if nothing fits.
 
-    Two requests of weights a warp, or about 100 KB; then as much of x as fits.
+    Requests of weights up to about 70 KB; then as much of x as fits.
     """
     if config.prefill:
         wanted = (config.stages,) if config.stages else (2, 3, 1)
         x_wanted = (config.x_stages,) if config.x_stages else (8, 7, 6, 5, 4, 3)
     else:
-        most = IN_FLIGHT // (16 * problem.slot_bytes)
+        most = IN_FLIGHT // (4 * config.warpgroups * problem.slot_bytes(config))
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
         x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
@@ -186,11 +198,12 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    for rows, row_groups in itertools.product(ROWS[columns], (1, 2, 4)):
-                        whole = row_groups == WARPGROUPS and splits == 1
-                        if whole or row_tiles <= 4 * rows * row_groups:
-                            yield Config(columns, rows, row_tiles, row_groups, splits)
-        yield Config(columns, 1, 4, 1)  # always legal
+                    for row_groups in (1, 2, 4, 8):
+                        config = Config(columns, 1, row_tiles, row_groups, splits)
+                        whole = config.k_groups == 1 and splits == 1
+                        if config.k_groups and (whole or row_tiles <= 4 * row_groups):
+                            yield config
+        yield Config(columns, 1, 4, 8 if columns <= 32 else 4)  # always legal
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
@@ -205,16 +218,14 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
-    tiles64 = config.row_tiles / 4
-    rounds = math.ceil(tiles64 / config.row_groups)  # of 64 rows, side by side or not
-    # A 64 x 128 tile: shared memory (table, codes, x) or tensor cores if all warpgroups are busy,
-    # the latency of one warpgroup if they are not.
-    shared = 260 + 2.3 * config.columns
-    busy = tiles64 * config.k_groups * k_each * max(shared, 4 * config.columns)
+    tiles64 = math.ceil(config.row_tiles / 4)  # of 64 rows
+    rounds = math.ceil(tiles64 / config.row_groups)
+    # A 64 x 128 tile: measured where all warpgroups are busy, latency where few are.
+    busy = tiles64 * config.k_groups * k_each * (240 + 4 * config.columns)
     alone = rounds * k_each * (700 + 4 * config.columns)
-    ends = 4500 + 12 * config.columns + (1500 if config.splits > 1 else 0)
+    ends = 4500 + 12 * config.columns + 1500 * math.log2(config.splits)
     ends += 300 * config.k_groups
-    stored = problem.n * problem.k_tiles * problem.slot_bytes / 32
+    stored = problem.n * problem.k_tiles * problem.record_bytes / 16
     memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)
 

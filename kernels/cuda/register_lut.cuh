@@ -20,8 +20,8 @@ struct RegisterTable {
   uint32_t low[kWords], high[kWords];  // bytes of values 4 i .. 4 i + 3
 
   // The address must look different in each lane. Where the compiler knows that it is not, it keeps
-  // half of the table in uniform registers and moves it back for every PRMT: one instruction in seven
-  // of the main loop.
+  // half of the table in uniform registers and moves it back for every PRMT: one instruction in
+  // seven of the main loop.
   __device__ __forceinline__ void load(const void* table) {
     const uint32_t* pairs = static_cast<const uint32_t*>(table) + zero_in_each_lane();
 #pragma unroll

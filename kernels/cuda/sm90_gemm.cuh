@@ -7,9 +7,9 @@
 // itself. So x costs no instruction and no register; with mma.sync, loading it into every warp was
 // the limit from 16 rows on (benchmarks/NOTES.md).
 //
-// A warpgroup decodes one half of a 64 x 128 tile while the tensor cores multiply the other; four
-// warpgroups a block fill the gaps that remain. They form row groups, and within one they split k.
-// All sums are in a fixed order.
+// A warpgroup decodes one half of a 64 x 128 tile while the tensor cores multiply the other; the
+// others of the block, four or eight in all, fill the gaps. They form row groups, and within one
+// they split k. All sums are in a fixed order.
 #pragma once
 
 #include "sm90_products.cuh"
@@ -19,8 +19,12 @@ namespace flute {
 constexpr int kPartialPad = 4;  // floats after a column of 16 sums; avoids bank conflicts
 
 // Barriers of a block: of each warp's ring, then of each k group's x, filled and emptied.
-constexpr int kXBarriers = kWarpgroups * 4 * kMaxSlots * 8;
-constexpr int kSm90BarrierBytes = kXBarriers + kWarpgroups * kMaxXStages * 2 * 8;
+constexpr int sm90_x_barriers(int warpgroups) {
+  return warpgroups * 4 * kMaxSlots * 8;
+}
+constexpr int sm90_barrier_bytes(int warpgroups) {
+  return sm90_x_barriers(warpgroups) + warpgroups * kMaxXStages * 2 * 8;
+}
 
 // Bytes of a warp's sums in shared memory.
 constexpr int sm90_partial_bytes(int columns) {
@@ -62,14 +66,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int column0 = (blockIdx.x >> p.splits_log2) * Shape::kColumns;  // first row of x
   const BlockRows block(p, blockIdx.y);
 
-  // This warpgroup's share: in each round kRows of the block's 64-row tiles, and `k_tiles` k tiles
-  // from `begin`. Row r of a round is the block's 64-row tile
-  //   (round * kRows + r) * row_groups + row_group.
+  // This warpgroup's share: in each round the block's 64-row tile round * row_groups + row_group,
+  // and `k_tiles` k tiles from `begin`.
   const int row_groups = 1 << p.row_groups_log2, k_groups = 1 << p.k_groups_log2;
   const int row_group = group >> p.k_groups_log2, k_group = group & (k_groups - 1);
-  const int block_rows = ceil_div(block.tiles, 4), round_rows = row_groups * Shape::kRows;
-  auto rounds_of = [&](int tiles, int first) {  // in which there is a tile first + i * round_rows
-    return (max(0, tiles - first) + round_rows - 1) >> (p.row_groups_log2 + Shape::kRows / 2);
+  const int block_rows = ceil_div(block.tiles, 4);
+  auto rounds_of = [&](int tiles, int first) {  // in which there is a tile first + i * row_groups
+    return (max(0, tiles - first) + row_groups - 1) >> p.row_groups_log2;
   };
   const int rounds = rounds_of(block_rows, 0), rows = rounds_of(block_rows, row_group);
   const int whole = (block.tiles - quarter + 3) / 4;  // 64-row tiles that hold rows of this warp
@@ -87,22 +90,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
   ring.barriers = base + warp * kMaxSlots * 8;
-  ring.slots_at = base + warp * p.region_bytes +
-                  (warp < p.low_regions ? static_cast<uint32_t>(kSm90BarrierBytes)
-                                        : p.high_region - p.low_regions * p.region_bytes);
+  ring.slots_at =
+      base + warp * p.region_bytes +
+      (warp < p.low_regions ? static_cast<uint32_t>(sm90_barrier_bytes(Shape::kWarpgroups))
+                            : p.high_region - p.low_regions * p.region_bytes);
   const uint32_t tile_step = p.k_tiles * (Shape::kRecord / 16);
   ring.next =
       (block.first_tile + 4 * row_group + quarter) * tile_step + begin * (Shape::kRecord / 16);
-  ring.row_step = 4 * row_groups * tile_step;
-  ring.round_step = Shape::kRows * ring.row_step - k_tiles * (Shape::kRecord / 16);
+  ring.round_step = 4 * row_groups * tile_step - k_tiles * (Shape::kRecord / 16);
   ring.k_tiles = ring.k_left = k_tiles;
-  ring.row = ring.slot = 0, ring.rounds_left = k_tiles > 0 ? rows : 0;
+  ring.slot = 0, ring.rounds_left = k_tiles > 0 ? rows : 0;
   ring.tile = row_group, ring.tile_step = row_groups, ring.whole = whole;
   ring.slots = p.stages, ring.phase = 0;
   ring.policy = evict_first_policy();
 
   XRing<Shape> x;
-  x.filled = base + kXBarriers + k_group * kMaxXStages * 16;
+  x.filled = base + sm90_x_barriers(Shape::kWarpgroups) + k_group * kMaxXStages * 16;
   x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset + k_group * p.x_stages * Shape::kXStage;
   x.map = &x_map, x.stages = p.x_stages, x.lag = p.x_lag;
@@ -123,12 +126,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncwarp();
   // Weights do not depend on the previous kernel. The others follow x, which is needed first.
 #pragma unroll 1
-  for (int i = 0; i < p.early; i++) ring.request(p.records, i, lane);
+  for (int i = 0; i < p.early; i++) ring.request(p.records, i);
   allow_next_launch();
   wait_for_previous_launch();
-  if (brings_x) x.start(lane);
+  if (brings_x) x.start();
 #pragma unroll 1
-  for (int i = p.early; i < p.stages; i++) ring.request(p.records, i, lane);
+  for (int i = p.early; i < p.stages; i++) ring.request(p.records, i);
   fill.store(table);
   __syncthreads();  // barriers of x, and the table
 
@@ -144,55 +147,40 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     // Rows past the block's last tile multiply whatever lies there; nobody reads them.
     products.clear();
-    auto free_slot = [&] { ring.free(p.records, lane); };
+    auto free_slot = [&] { ring.free(p.records); };
 #pragma unroll 1
-    for (int step = 0; 2 * step < k_tiles; step++) {
+    for (int step = 0; Shape::kDepth * step < k_tiles; step++) {
       const int x0 = x.take();
-      if (2 * step + 1 < k_tiles) {
-        int x1 = 0;
-        for_constants<Shape::kRows>([&](auto row) {
-          constexpr int kFirst = 2 * decltype(row)::value;
-          const uint32_t slot = ring.take();
-          products.load(slot, lane);
-          products.template tile<kFirst, kFirst - 1>(
-              x.address(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
-          if constexpr (kFirst == 0) x1 = x.take();
-          products.template tile<kFirst + 1, kFirst>(
-              x.address(x1), decoder,
-              [&] {
-                if (kFirst + 2 == 2 * Shape::kRows) x.release(x0, lane, brings_x);
-              },
-              free_slot);
-        });
-        products.template settle<2 * Shape::kRows - 1>();
+      if (Shape::kDepth == 2 && 2 * step + 1 < k_tiles) {  // else one k tile
+        const uint32_t slot = ring.take();
+        products.load(slot, lane);
+        products.template tile<0, -1>(
+            x.address(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
+        const int x1 = x.take();
+        products.template tile<1, 0>(
+            x.address(x1), decoder, [&] { x.release(x0, lane, brings_x); }, free_slot);
+        products.template settle<1>();
         x.release(x1, lane, brings_x);
       } else {
-        for_constants<Shape::kRows>([&](auto row) {
-          constexpr int kFirst = 2 * decltype(row)::value;
-          products.load(ring.take(), lane);
-          products.template tile<kFirst, -1>(x.address(x0), decoder, [] {}, free_slot);
-          products.template settle<kFirst>();
-        });
+        products.load(ring.take(), lane);
+        products.template tile<0, -1>(x.address(x0), decoder, [] {}, free_slot);
+        products.template settle<0>();
         x.release(x0, lane, brings_x);
       }
     }
     if (alone) {
-#pragma unroll
-      for (int r = 0; r < Shape::kRows; r++) {
-        const int tile = ((round * Shape::kRows + r) * row_groups + row_group) * 4 + quarter;
-        write_sums(products.sums[r], y + tile * kTileRows, p.n, block.rows - tile * kTileRows,
-                   columns, ((p.n | block.first_row | block.rows) & 1) == 0, lane);
-      }
+      const int tile = (round * row_groups + row_group) * 4 + quarter;
+      write_sums(products.sums, y + tile * kTileRows, p.n, block.rows - tile * kTileRows, columns,
+                 ((p.n | block.first_row | block.rows) & 1) == 0, lane);
     }
   }
   if (alone) return;
 
   // Sums of all warps. All of shared memory is free.
-  constexpr int kRowBytes = sm90_partial_bytes(Shape::kColumns);
-  auto partial = [&](int w) { return base + w * Shape::kRows * kRowBytes; };
+  constexpr int kPartialBytes = sm90_partial_bytes(Shape::kColumns);
+  auto partial = [&](int w) { return base + w * kPartialBytes; };
   __syncthreads();
-  const int own = max(0, whole - row_group + row_groups - 1) >> p.row_groups_log2;
-  products.template store<kPartialPad>(partial(warp), kRowBytes, own, lane);
+  if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
   __syncthreads();
 
   // Four rows of a column at a time. `rank`: this block's share of the work, of `ranks`.
@@ -203,15 +191,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       const int unit = i / 4, column = unit * p.row_tiles_inverse >> 16;
       const int tile = unit - column * p.row_tiles, row = tile * kTileRows + i % 4 * 4;
       if (row >= block.rows) continue;
-      const int r = tile / 4 >> p.row_groups_log2, of = tile / 4 & (row_groups - 1);
-      const uint32_t from = partial((of << p.k_groups_log2) * 4 + tile % 4) + r * kRowBytes;
+      const uint32_t from = partial((tile / 4 << p.k_groups_log2) * 4 + tile % 4);
       visit(column, row, from + (column * (kTileRows + kPartialPad) + i % 4 * 4) * 4);
     }
   };
   auto sum_of_groups = [&](uint32_t at) {
     float4 sum = load_shared_float4(at);
-    for (int i = 1; i < k_groups; i++)
-      add(sum, load_shared_float4(at + i * 4 * Shape::kRows * kRowBytes));
+    for (int i = 1; i < k_groups; i++) add(sum, load_shared_float4(at + i * 4 * kPartialBytes));
     return sum;
   };
   const bool aligned = ((p.n | block.first_row) & 3) == 0;

@@ -18,17 +18,17 @@ struct Sm90Shared {
 // Barriers and some rings | the table | x and the other rings; the partial sums come over all that.
 template <typename Shape>
 Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
-  constexpr int kWarps = kWarpgroups * 4;
-  const int k_groups = kWarpgroups / config.row_groups;
+  constexpr int kWarps = Shape::kWarpgroups * 4;
+  const int k_groups = Shape::kWarpgroups / config.row_groups;
   Sm90Shared plan;
   const int before = table_alignment(true) - kSharedReserved;
   plan.x_offset = before + table_bytes(true);
   plan.region_bytes = config.stages * Shape::kSlot;
   plan.high_region = plan.x_offset + k_groups * config.x_stages * Shape::kXStage;
-  plan.low_regions = (before - kSm90BarrierBytes) / plan.region_bytes;
+  plan.low_regions = (before - sm90_barrier_bytes(Shape::kWarpgroups)) / plan.region_bytes;
   if (plan.low_regions > kWarps) plan.low_regions = kWarps;
   plan.total = plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
-  const int sums = kWarps * Shape::kRows * sm90_partial_bytes(Shape::kColumns);
+  const int sums = kWarps * sm90_partial_bytes(Shape::kColumns);
   if (sums > plan.total) plan.total = sums;
   if (plan.total > limit) plan.total = -1;
   return plan;
@@ -41,12 +41,13 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   DeviceLimits device;
   if (const int error = device.load()) return error;
   const int groups = config.row_groups, splits = config.splits;
-  if (config.row_tiles < 1 || (groups != 1 && groups != 2 && groups != 4) || splits < 1 ||
-      splits > 8 || (splits & (splits - 1)) || config.overlap < 0 || config.stages < 1 ||
-      config.stages > kMaxSlots || config.x_stages < 2 || config.x_stages > kMaxXStages)
+  if (config.row_tiles < 1 || groups < 1 || groups > Shape::kWarpgroups ||
+      (groups & (groups - 1)) || splits < 1 || splits > 8 || (splits & (splits - 1)) ||
+      config.overlap < 0 || config.stages < 1 || config.stages > kMaxSlots || config.x_stages < 2 ||
+      config.x_stages > kMaxXStages)
     return kBadConfig;
   // Sums that several warpgroups or blocks share are added up once, at the end.
-  if ((groups < kWarpgroups || splits > 1) && config.row_tiles > 4 * Shape::kRows * groups)
+  if ((groups < Shape::kWarpgroups || splits > 1) && config.row_tiles > 4 * groups)
     return kBadConfig;
 
   static std::atomic<int> prepared[kMaxDevices];
@@ -64,7 +65,8 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.table_bytes = 2 * (matrix.pair_table ? 2 << (2 * matrix.bits) : 1 << matrix.bits);
   params.pair_table = matrix.pair_table != 0;
   params.row_tiles = config.row_tiles;
-  params.row_groups_log2 = log2_of(groups), params.k_groups_log2 = log2_of(kWarpgroups / groups);
+  params.row_groups_log2 = log2_of(groups),
+  params.k_groups_log2 = log2_of(Shape::kWarpgroups / groups);
   params.splits_log2 = log2_of(splits);
   params.row_tiles_inverse = ceil_div(1 << 16, config.row_tiles);
   params.stages = config.stages;
@@ -100,8 +102,8 @@ int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
     return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
                                                                         records, table, y, stream);
   else
-    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups, Rows>>(matrix, config, m, x,
-                                                                        records, table, y, stream);
+    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups>>(matrix, config, m, x, records,
+                                                                  table, y, stream);
 }
 
 template <int Bits, typename T, int Columns, int Rows>
@@ -129,9 +131,7 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
                                                       stream)
   switch (config.columns * 8 + config.rows) {
     FLUTE_CASE(16, 1);
-    FLUTE_CASE(16, 2);
     FLUTE_CASE(32, 1);
-    FLUTE_CASE(32, 2);
     FLUTE_CASE(64, 1);
     FLUTE_CASE(128, 1);
     FLUTE_CASE(192, 2);

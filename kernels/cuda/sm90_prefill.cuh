@@ -112,7 +112,7 @@ struct PrefillBarriers {
 // One warp brings all x of this block.
 template <typename Shape>
 __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMap* map,
-                                        PrefillBarriers barriers, uint32_t x_at, int lane) {
+                                        PrefillBarriers barriers, uint32_t x_at) {
   RingPlace at(p.x_stages);
   for (int round = 0;; round++) {
     const Work work(p, round, Shape::kColumns);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMa
     for (int i = 2 * work.begin; i < 2 * work.end; i++, at.advance()) {
       const uint32_t filled = barriers.filled(barriers.kX, at.slot);
       barrier_wait(barriers.emptied(barriers.kX, at.slot), at.phase ^ 1);
-      if (lane == 0) {
+      if (elect_one()) {
         barrier_expect(filled, Shape::kXStage);
         tensor_copy(x_at + at.slot * Shape::kXStage, map, i * kSwizzleColumns, work.column0,
                     filled);
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     } else if (job == kPrefillGroups) {
       tensor_map_prefetch(&x_map);
       wait_for_previous_launch();
-      bring_x<Shape>(p, &x_map, barriers, x_at, lane);
+      bring_x<Shape>(p, &x_map, barriers, x_at);
     }
     return;
   }

@@ -6,26 +6,29 @@
 
 namespace flute {
 
-constexpr int kWarpgroups = 4;  // of a block
-
-template <int Bits_, typename T_, int Columns_, int Groups_, int Rows_>
+template <int Bits_, typename T_, int Columns_, int Groups_>
 struct Sm90Shape {
   using T = T_;
   static constexpr int kBits = Bits_;
   static constexpr int kColumns = Columns_;  // rows of x of a block: 16, 32, 64, 128
   static constexpr int kGroups = Groups_;    // groups of a record: 1, 2, 4
-  static constexpr int kRows = Rows_;        // 64-row tiles of a warpgroup side by side: 1, 2
+  // Few columns need few registers: eight warpgroups, each of which waits for its products before
+  // it decodes on, as the others fill the gaps. Four overlap the halves of a tile by themselves.
+  static constexpr int kWarpgroups = Columns_ <= 32 ? 8 : 4;  // of a block
   static constexpr int kThreads = kWarpgroups * 128;
+  static constexpr int kBuffers = kWarpgroups == 8 ? 1 : 2;  // decoded halves of a tile at a time
   // k tiles of a step, and of a request of weights: a bulk copy holds up shared memory for some
-  // clocks whatever its size.
-  static constexpr int kDepth = 2;
+  // clocks whatever its size. With eight warpgroups two requests of two would be too much in
+  // flight.
+  static constexpr int kDepth = kWarpgroups == 8 ? 1 : 2;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
   static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;  // x of 64 columns
   static constexpr int kXBoxes = 2;                              // of a stage
   static constexpr int kXStage = kXBoxes * kBoxBytes;
-  // With few columns and one group, sums of a k tile take fewer multiplications than its weights.
-  static constexpr bool kScaleSums = Columns_ <= 32 && Groups_ == 1;
+  // With few columns and one group, sums of a k tile take fewer multiplications than its weights,
+  // but registers for its own sums.
+  static constexpr bool kScaleSums = Columns_ == 16 && Groups_ == 1;
 };
 
 #if FLUTE_HAS_WGMMA
@@ -91,24 +94,23 @@ __device__ __forceinline__ void write_sums(const float (&sums)[Count], T* y, int
   }
 }
 
-// What a warpgroup accumulates, and the products under way: at any time at most two groups of them,
-// one of each half of `a`.
+// What a warpgroup accumulates, and the products under way: at any time at most kBuffers groups of
+// them, one of each buffer of `a`.
 template <typename Shape>
 struct Products {
-  static constexpr int kCount = Shape::kColumns / 2;
+  static constexpr int kCount = Shape::kColumns / 2, kBuffers = Shape::kBuffers;
   using T = typename Shape::T;
-  float sums[Shape::kRows][kCount];
-  float part[2][Shape::kScaleSums ? kCount : 1];  // of the tile in hand and the one before
-  float2 scale;                                   // of the tile in hand
-  uint32_t a[2][4][4];                            // the decoded weights of half a tile each
-  Codes<Shape::kBits> codes;                      // of the next tile
+  float sums[kCount];
+  // Of the tile in hand and, with two buffers, the one before.
+  float part[kBuffers][Shape::kScaleSums ? kCount : 1];
+  float2 scale;                   // of the tile in hand
+  uint32_t a[kBuffers][4][4];     // the decoded weights of half a tile each
+  Codes<Shape::kBits> codes;      // of the next tile
   uint32_t word[Shape::kGroups];  // its scales: rows g (low half) and g + 8 of each group
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int r = 0; r < Shape::kRows; r++)
-#pragma unroll
-      for (int i = 0; i < kCount; i++) sums[r][i] = 0;
+    for (int i = 0; i < kCount; i++) sums[i] = 0;
   }
 
   // Scales first: when the codes have arrived, they have.
@@ -122,13 +124,13 @@ struct Products {
   // sums += scale * part, of tile `Unit`
   template <int Unit>
   __device__ __forceinline__ void fold() {
-    pin(part[Unit & 1]);
+    constexpr int kPart = Unit % kBuffers;
+    pin(part[kPart]);
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
-      sums[Unit / 2][i] += (i & 2 ? scale.y : scale.x) * part[Unit & 1][i];
+    for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? scale.y : scale.x) * part[kPart][i];
   }
 
-  // Tile `Unit` of a step: k tile Unit % 2 of row Unit / 2. Its codes are loaded; `decoded` runs
+  // k tile `Unit` of a step. Its codes are loaded; `decoded` runs
   // when they have been used, `previous_done` when the tile before has been multiplied.
   // `Previous`: the tile before in this step, or -1.
   template <int Unit, int Previous, typename PreviousDone, typename Decoded>
@@ -136,24 +138,26 @@ struct Products {
                                        PreviousDone previous_done, Decoded decoded) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      wgmma_wait<1>();  // the products that use this half of `a` are done
+      const int buffer = half % kBuffers;
+      wgmma_wait<kBuffers - 1>();  // the products that use this buffer are done,
+      const bool previous_over = half == kBuffers - 1;  // now or before all those of the last tile
       if constexpr (Shape::kScaleSums) {
-        if (half == 1) {
+        if (previous_over) {
           if constexpr (Previous >= 0) fold<Previous>();
           scale = widen<T>(word[0]);
         }
       }
-      if (half == 1) previous_done();
+      if (previous_over) previous_done();
 #pragma unroll
       for (int f = 0; f < 4; f += 2)
-        decoder.decode(a[half][f], a[half][f + 1], codes, 2 * half + f / 2);
-      if constexpr (!Shape::kScaleSums) apply_scales<T>(a[half], word, 4 * half);
+        decoder.decode(a[buffer][f], a[buffer][f + 1], codes, 2 * half + f / 2);
+      if constexpr (!Shape::kScaleSums) apply_scales<T>(a[buffer], word, 4 * half);
       if (half == 1) decoded();
       const uint32_t box = x + half * Shape::kBoxBytes;
       if constexpr (Shape::kScaleSums)
-        multiply_box<T, Shape::kColumns>(part[Unit & 1], a[half], box, half == 1);
+        multiply_box<T, Shape::kColumns>(part[Unit % kBuffers], a[buffer], box, half == 1);
       else
-        multiply_box<T, Shape::kColumns>(sums[Unit / 2], a[half], box, true);
+        multiply_box<T, Shape::kColumns>(sums, a[buffer], box, true);
     }
   }
 
@@ -165,24 +169,18 @@ struct Products {
     if constexpr (Shape::kScaleSums) {
       fold<Unit>();
     } else {
-#pragma unroll
-      for (int r = 0; r < Shape::kRows; r++) pin(sums[r]);
+      pin(sums);
     }
   }
 
-  // The first `rows` row tiles, `row_bytes` apart, as columns of 16 + Pad floats: [row of x][row of
-  // w].
+  // As columns of 16 + Pad floats: [row of x][row of w].
   template <int Pad>
-  __device__ __forceinline__ void store(uint32_t to, int row_bytes, int rows, int lane) const {
+  __device__ __forceinline__ void store(uint32_t to, int lane) const {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int r = 0; r < Shape::kRows; r++) {
-      if (r >= rows) break;
-#pragma unroll
-      for (int i = 0; i < kCount; i++) {
-        const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
-        store_shared_float(to + r * row_bytes + (column * (kTileRows + Pad) + row) * 4, sums[r][i]);
-      }
+    for (int i = 0; i < kCount; i++) {
+      const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
+      store_shared_float(to + (column * (kTileRows + Pad) + row) * 4, sums[i]);
     }
   }
 };

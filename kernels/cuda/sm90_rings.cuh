@@ -9,62 +9,46 @@ namespace flute {
 constexpr int kMaxXStages = 8;
 
 #if FLUTE_HAS_WGMMA
-// The records of one warp on their way, in the order of use: two k tiles of each of its row tiles,
-// then the next two; in the end the next round's. A slot takes one request.
+// The records of one warp on their way, in the order of use: the k tiles of a row tile, some a
+// request, then those of the next round's. A slot takes one request.
 template <typename Shape>
 struct RecordRing {
-  static constexpr int kRows = Shape::kRows;
   uint32_t barriers, slots_at;
   // Places are in 16 bytes from the first record: few enough registers to keep them uniform.
-  uint32_t next;         // of the first row tile, next k tiles
-  uint32_t row_step;     // from one row tile to the next
-  uint32_t round_step;   // from behind the last k tile to the next round's first
-  int k_tiles, k_left;   // of a row tile
-  int row, rounds_left;  // to request
-  int tile, tile_step;   // the block's 64-row tile that holds the row, and how far to the next
-  int whole;             // 64-row tiles that hold rows of this warp; the last may not
-  int slots, slot;       // how many, and which is next to use
+  uint32_t next;        // of the next k tiles
+  uint32_t round_step;  // from behind the last k tile to the next round's first
+  int k_tiles, k_left;  // of a row tile
+  int rounds_left;      // to request
+  int tile, tile_step;  // the block's 64-row tile that holds the row tile, how far to the next
+  int whole;            // 64-row tiles that hold rows of this warp; the last may not
+  int slots, slot;      // how many, and which is next to use
   uint32_t phase;
   uint64_t policy;
 
   __device__ __forceinline__ uint32_t barrier(int at) const { return barriers + at * 8; }
-  __device__ __forceinline__ void request(const uint8_t* records, int at, int lane) {
+  __device__ __forceinline__ void request(const uint8_t* records, int at) {
     if (rounds_left <= 0) return;
     // Conditions on the lane come last: inside them the compiler takes all values for different in
     // each lane, and no longer keeps addresses in uniform registers.
     const int bytes = k_left < Shape::kDepth ? Shape::kRecord : Shape::kSlot;
     if (tile < whole) {
-      const uint8_t* from = records + static_cast<uint64_t>(next + row * row_step) * 16;
-      if (lane == 0) bulk_copy(slots_at + at * Shape::kSlot, from, bytes, barrier(at), policy);
+      const uint8_t* from = records + static_cast<uint64_t>(next) * 16;
+      if (elect_one()) bulk_copy(slots_at + at * Shape::kSlot, from, bytes, barrier(at), policy);
     } else {
-      if (lane == 0) barrier_arrive(barrier(at));  // a missing row tile takes its turn, too
+      if (elect_one()) barrier_arrive(barrier(at));  // a missing row tile takes its turn, too
     }
-    tile += tile_step, row++;
-    if (row == kRows) {
-      row = 0;
-      next += bytes / 16, k_left -= Shape::kDepth;
-      if (k_left > 0)
-        tile -= kRows * tile_step;
-      else
-        next += round_step, k_left = k_tiles, rounds_left--;
-    }
+    next += bytes / 16, k_left -= Shape::kDepth;
+    if (k_left <= 0) next += round_step, k_left = k_tiles, rounds_left--, tile += tile_step;
   }
   // Waits for the next slot; returns its address.
   __device__ __forceinline__ uint32_t take() const {
     barrier_wait(barrier(slot), phase);
     return slots_at + slot * Shape::kSlot;
   }
-  // Likewise for the one after it.
-  __device__ __forceinline__ uint32_t take_second() const {
-    const bool wraps = slot + 1 == slots;
-    const int at = wraps ? 0 : slot + 1;
-    barrier_wait(barrier(at), wraps ? phase ^ 1 : phase);
-    return slots_at + at * Shape::kSlot;
-  }
   // After all codes of the next slot have been used.
-  __device__ __forceinline__ void free(const uint8_t* records, int lane) {
+  __device__ __forceinline__ void free(const uint8_t* records) {
     __syncwarp();
-    request(records, slot, lane);
+    request(records, slot);
     if (++slot == slots) slot = 0, phase ^= 1;
   }
 };
@@ -82,9 +66,9 @@ struct XRing {
   int stage, refill;  // to use next, to fill next
   uint32_t phase, refill_phase;
 
-  __device__ __forceinline__ void request(int to, int lane) {
+  __device__ __forceinline__ void request(int to) {
     const uint32_t barrier = filled + to * 8, x = at + to * Shape::kXStage;
-    if (lane == 0) {
+    if (elect_one()) {
       barrier_expect(barrier, Shape::kXStage);
 #pragma unroll
       for (int i = 0; i < Shape::kXBoxes; i++)
@@ -94,8 +78,8 @@ struct XRing {
     left--;
     if (++next == length) next = 0;
   }
-  __device__ __forceinline__ void start(int lane) {
-    for (int i = 0; i < stages && left > 0; i++) request(i, lane);
+  __device__ __forceinline__ void start() {
+    for (int i = 0; i < stages && left > 0; i++) request(i);
   }
   // Waits for the next stage; returns it.
   __device__ __forceinline__ int take() {
@@ -114,7 +98,7 @@ struct XRing {
     if (lane == 0) barrier_arrive(emptied + taken * 8);
     if (brings && lag-- <= 0 && left > 0) {
       barrier_wait(emptied + refill * 8, refill_phase);
-      request(refill, lane);
+      request(refill);
       if (++refill == stages) refill = 0, refill_phase ^= 1;
     }
   }
