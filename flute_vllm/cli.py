@@ -219,6 +219,10 @@ def evaluate(
         Literal["transformers", "vllm"],
         typer.Option(help="transformers: float32, the format; vllm: as it is served."),
     ] = "transformers",
+    top: Annotated[
+        int,
+        typer.Option(min=0, help="vllm: tokens a position for the KL divergence; 0: all."),
+    ] = 256,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on texts; with a reference, KL divergence and top-1 agreement."""
@@ -227,11 +231,11 @@ def evaluate(
 
     contents = read_texts(texts)
     if engine == "vllm":
-        if reference is not None:
-            raise typer.BadParameter("--reference needs --engine transformers")
         from flute_vllm.evaluate_vllm import perplexity_vllm
 
-        _print_evaluation(model, perplexity_vllm(resolve_source(model), contents, window), as_json)
+        dense = None if reference is None else resolve_source(reference)
+        served = perplexity_vllm(resolve_source(model), contents, window, reference=dense, top=top)
+        _print_evaluation(model, served, as_json)
         return
     network, tokenizer = load_model(resolve_source(model), device=device)
     other = None

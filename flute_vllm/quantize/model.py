@@ -25,7 +25,7 @@ from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit, plan
 from flute_vllm.quantize.recipes import Trace, run_recipe
 from flute_vllm.quantize.report import ModuleReport, make_card, make_report
 from flute_vllm.quantize.state import State, Statistics, relative_error
-from flute_vllm.quantize.stream import ActivationStream, open_windows
+from flute_vllm.quantize.stream import ActivationStream, open_stream, open_windows
 from flute_vllm.quantize.tensor import load_group, start_state
 from flute_vllm.writer import ShardWriter, file_nbytes
 
@@ -70,10 +70,9 @@ def quantize_checkpoint(
     device = choose_device(settings.device)
     plan = plan_checkpoint(checkpoint, settings)
     windows = open_windows(checkpoint, plan, settings)
-    calibration = None if windows is None else windows.origin
-    stream = None
-    if windows is not None and plan.recipe.needs == "activations":
-        stream = ActivationStream(checkpoint, plan, windows, device)
+    stream = open_stream(checkpoint, plan, windows, device)
+    is_read = stream is not None or plan.recipe.needs == "gradients"
+    calibration = windows.origin if windows is not None and is_read else None
     fingerprint = {
         **settings.to_json(),
         "device": device.type,

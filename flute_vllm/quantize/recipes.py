@@ -35,13 +35,18 @@ NEED_HESSIAN = {"error_feedback", "descend", "refit_scales", "refit_table"}
 
 
 class Calibration(BaseModel):
-    """How much text a recipe reads: ``samples`` windows of ``length`` tokens."""
+    """How much a recipe reads: ``samples`` windows of ``length`` tokens.
+
+    ``prior`` is added to the diagonal of the mean-normalised Hessian: how little random tokens
+    are trusted to say what text does.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: int = Field(default=128, ge=2)
     length: int = Field(default=2048, ge=8)
     heldout_share: float = Field(default=0.125, gt=0, lt=1)
+    prior: float = Field(default=0.0, ge=0)
 
 
 class Training(BaseModel):
@@ -56,20 +61,22 @@ class Training(BaseModel):
 class Recipe(BaseModel):
     """One file of ``configs/recipes``.
 
-    ``propagation`` says what a matrix sees: "block": the input of a block is that of the
-    quantized blocks before it; "sequential": matrices before it in its block are quantized too,
-    and its target is the output of the dense model (arXiv 2504.02692).
+    ``needs`` "random tokens" is activations without any text: tokens are drawn from the
+    vocabulary. ``propagation`` says what a matrix sees: "dense": the inputs that it has in the
+    dense model; "block": the input of a block is that of the quantized blocks before it;
+    "sequential": matrices before it in its block are quantized too, and its target is the output
+    of the dense model (arXiv 2504.02692).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     summary: str
-    needs: Literal["nothing", "activations", "gradients"]
+    needs: Literal["nothing", "random tokens", "activations", "gradients"]
     steps: tuple[dict[str, Any], ...]
     calibration: Calibration = Calibration()
     training: Training | None = None
-    propagation: Literal["block", "sequential"] = "block"
+    propagation: Literal["dense", "block", "sequential"] = "block"
 
 
 @dataclass(frozen=True)
