@@ -105,6 +105,10 @@ def quantize(
     ] = "bundled",
     samples: Annotated[int | None, typer.Option(min=2, help="Windows of text.")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens of a window.")] = None,
+    bpw: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight to fill with mixed bits, groups and tables."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Where in the text the windows begin.")] = 0,
     scale_dtype: Annotated[
         Literal["float16", "bfloat16"] | None,
@@ -139,7 +143,7 @@ def quantize(
     settings = QuantizeSettings(
         bits=bits, group_size=group_size, recipe=recipe, scale_dtype=scale_dtype,
         skip=tuple(skip or ()), overrides=overrides, table=table, device=device, calib=calib,
-        samples=samples, length=length, seed=seed,
+        samples=samples, length=length, seed=seed, bpw=bpw,
     )  # fmt: skip
     _refuse_existing(out)
     folder = resolve_source(src)

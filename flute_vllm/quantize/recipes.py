@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flute_vllm.checkpoint import read_json
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.feedback import descend, error_feedback
-from flute_vllm.quantize.lloyd import learn_pairs, learn_table
+from flute_vllm.quantize.lloyd import as_pairs, learn_pairs, learn_table
 from flute_vllm.quantize.refit import refit_scales, refit_table
 from flute_vllm.quantize.rounding import absmax, search
 from flute_vllm.quantize.state import State, Statistics, relative_error
@@ -129,7 +129,11 @@ def _bad_recipe(path: Path, why: str) -> FluteError:
 
 
 def run_recipe(
-    recipe: Recipe, weight: torch.Tensor, statistics: Statistics, start: State
+    recipe: Recipe,
+    weight: torch.Tensor,
+    statistics: Statistics,
+    start: State,
+    wants_pairs: bool = False,
 ) -> tuple[State, list[Trace]]:
     """Runs the steps one after another and keeps each result that is not worse.
 
@@ -138,6 +142,8 @@ def run_recipe(
         weight: floating [N, K], finite, on the device of the statistics.
         statistics: of the input; empty without calibration.
         start: table and spec, no codes.
+        wants_pairs: the result is stored with a pair table, learned by the step ``learn_pairs``,
+            which is left out otherwise.
 
     Returns:
         The best state and what each step did, in order.
@@ -152,10 +158,14 @@ def run_recipe(
         name = call["step"]
         if name in NEED_HESSIAN and statistics.hessian is None:
             continue
+        if name == learn_pairs.__name__ and not wants_pairs:
+            continue
         found = STEPS[name](weight, statistics, state, **options)
         error = relative_error(weight, found, judge)
         is_kept = error <= best or state.codes is None
         if is_kept:
             state, best = found, error
+        elif name == learn_pairs.__name__:
+            state = as_pairs(state)
         traces.append(Trace(name, error, is_kept))
     return state, traces

@@ -21,6 +21,7 @@ from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.calibration import NONE, RANDOM, Windows, cut, draw
 from flute_vllm.quantize.journal import SCRATCH
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit
+from flute_vllm.quantize.recipes import Calibration
 from flute_vllm.quantize.state import State, Statistics
 from flute_vllm.quantize.tensor import load_group
 from flute_vllm.writer import fsync, writing
@@ -196,3 +197,14 @@ def open_stream(
             "%s", plan.recipe.name, error.why,
         )  # fmt: skip
         return None
+
+
+def measuring_windows(
+    checkpoint: Checkpoint, wanted: Calibration, settings: QuantizeSettings
+) -> torch.Tensor:
+    """int64 [windows, length]: text, or random tokens with ``--calib none``, to measure losses."""
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    longest = text.get("max_position_embeddings")
+    if settings.calib == NONE:
+        return draw(checkpoint, wanted, longest, settings.seed).ids
+    return cut(checkpoint, settings.calib, wanted, longest, settings.seed).ids
