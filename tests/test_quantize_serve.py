@@ -34,8 +34,10 @@ CALIBRATED = {"samples": 4, "length": 64}
 CASES: dict[str, tuple[str, QuantizeSettings]] = {
     **{name: (name, QuantizeSettings(bits=3, recipe="nf")) for name in FAMILIES},
     "fast": ("llama", QuantizeSettings(bits=4)),
+    "fast mixtral": ("mixtral", QuantizeSettings(bits=4)),  # rounds to nearest, with a warning
     "balanced": ("llama", QuantizeSettings(bits=3, recipe="balanced", **CALIBRATED)),
     "best": ("qwen3", QuantizeSettings(bits=2, recipe="best", **CALIBRATED)),
+    "mixed": ("llama", QuantizeSettings(bits=2, recipe="best", bpw=3.4, **CALIBRATED)),
     "learned": ("mistral", QuantizeSettings(bits=4, recipe="learned", **CALIBRATED)),
     "int": ("llama", QuantizeSettings(bits=4, table="int", recipe="nf")),
 }  # fmt: skip
@@ -74,6 +76,16 @@ def test_served_answers_are_those_of_the_twin(name, folders, answers, tmp_path):
     for found, wanted in zip(answers[name]["outputs"], expected, strict=True):
         assert found["tokens"] == wanted["tokens"]
         assert found["logprobs"] == pytest.approx(wanted["logprobs"], abs=2e-3)
+
+
+def test_mixed_bits_have_every_kind_of_layer(folders):
+    checkpoint = Checkpoint(folders["mixed"] / "quantized")
+    config = validate_checkpoint(checkpoint)
+    modules = [n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight")]
+    specs = [config.spec_for(module) for module in modules]
+    assert {spec.table_kind for spec in specs} == {"scalar", "pair"}
+    assert len({spec.bits for spec in specs}) > 1
+    assert len({spec.group_size for spec in specs}) > 1
 
 
 def test_experts_stay_dense_and_attention_does_not(folders):
