@@ -92,11 +92,12 @@ def test_no_tokenizer_is_told(tmp_path):
     assert "--recipe fast" in caught.value.fix
 
 
-def test_calibrating_a_mixture_of_experts_is_refused(tmp_path):
+@pytest.mark.parametrize("recipe", ["balanced", "best"])
+def test_calibrating_a_mixture_of_experts_is_refused(recipe, tmp_path):
     dense = write_tiny_model(tmp_path / "dense", "mixtral", vocab_size=4096)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODEL / name, dense / name)
-    settings = QuantizeSettings(recipe="balanced", samples=2, length=16)
+    settings = QuantizeSettings(recipe=recipe, samples=2, length=16)
     with pytest.raises(FluteError, match="cannot run this architecture block by block"):
         quantize_checkpoint(dense, tmp_path / "out", settings)
     assert not (tmp_path / "out.partial").exists()
