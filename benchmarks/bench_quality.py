@@ -42,6 +42,8 @@ LIMITS = {
     ("fast", 4): 0.85, ("fast", 3): 0.75, ("fast", 2): 1.0, ("balanced", 4): 0.6,
     ("balanced", 3): 0.55, ("best", 4): 0.5, ("best", 3): 0.45, ("best", 2): 0.45,
 }  # fmt: skip
+LADDER = ("nf", "fast", "balanced", "best")  # each never worse than the one before it
+MEANS = ("dlog_ppl", "kld", "top1", "bpw", "seconds")
 
 
 def commit() -> str:
@@ -122,30 +124,64 @@ def measure(options: argparse.Namespace, model: Path, ruler: Measure, recipe: st
         }  # fmt: skip
 
 
+def mean_of(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
+    """Means over seeds by (recipe, bits)."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["recipe"], row["bits"]), []).append(row)
+    return {
+        key: {name: sum(row[name] for row in group) / len(group) for name in MEANS}
+        | {"seeds": len(group)}
+        for key, group in groups.items()
+    }
+
+
+def worse_than_before(
+    means: dict[tuple[str, int], dict[str, float]],
+) -> list[str]:
+    """What breaks "each recipe never worse than the one before it, at no more bits than NF"."""
+    told = []
+    for (name, bits), mean in means.items():
+        if name not in LADDER:
+            continue
+        before = [r for r in LADDER[: LADDER.index(name)] if (r, bits) in means]
+        for other in before[-1:]:
+            for field in ("dlog_ppl", "kld"):
+                ahead = means[other, bits][field]
+                if mean[field] > ahead:
+                    told.append(
+                        f"{name} is worse than {other} at {bits} bits: {field} "
+                        f"{mean[field]:.5f} against {ahead:.5f}"
+                    )
+        if ("nf", bits) in means and mean["bpw"] > means["nf", bits]["bpw"] + 1e-9:
+            told.append(f"{name} at {bits} bits takes more bits per weight than nf")
+    return told
+
+
 def describe(rows: list[dict[str, Any]]) -> bool:
     """Prints the table with what is asked of it; whether every limit holds."""
-    base = {row["bits"]: row for row in rows if row["recipe"] == "nf"}
+    means = mean_of(rows)
     holds = True
     print(f"{'recipe':9} bits   bpw   seeds        d  d/d_NF  limit      kld    top1  seconds")
-    names = dict.fromkeys((row["recipe"], row["bits"]) for row in rows)
-    for name, bits in sorted(names, key=lambda key: -key[1]):
-        group = [r for r in rows if (r["recipe"], r["bits"]) == (name, bits)]
-        mean = {k: sum(r[k] for r in group) / len(group)
-                for k in ("dlog_ppl", "kld", "top1", "bpw", "seconds")}  # fmt: skip
-        share = mean["dlog_ppl"] / base[bits]["dlog_ppl"] if bits in base else math.nan
+    for (name, bits), mean in sorted(means.items(), key=lambda item: -item[0][1]):
+        base = means.get(("nf", bits))
+        share = mean["dlog_ppl"] / base["dlog_ppl"] if base else math.nan
         limit = LIMITS.get((name, bits))
         judged = mean["dlog_ppl"] if bits == 2 else share
         is_met = limit is None or judged <= limit
         holds &= is_met
         told = "" if limit is None else f"{limit:.2f} {'ok' if is_met else 'NOT MET'}"
         print(
-            f"{name:9} {bits:4} {mean['bpw']:.4f} {len(group):4} {mean['dlog_ppl']:9.5f} "
+            f"{name:9} {bits:4} {mean['bpw']:.4f} {mean['seeds']:4} {mean['dlog_ppl']:9.5f} "
             f"{share:7.3f}  {told:12} {mean['kld']:.5f} {mean['top1']:.4f} {mean['seconds']:7.1f}"
         )
-    return holds
+    broken = worse_than_before(means)
+    for line in broken:
+        print(line)
+    return holds and not broken
 
 
-def main() -> None:
+def main() -> int:
     started = time.perf_counter()
     options = parse_arguments()
     command = shlex.join(["python", "benchmarks/bench_quality.py", *sys.argv[1:]])
@@ -189,8 +225,10 @@ def main() -> None:
                 partial = out.with_suffix(".partial")
                 partial.write_text(json.dumps(document, indent=1) + "\n")
                 shutil.move(partial, out)
-    print("all limits hold" if describe(rows) else "some limits do not hold")
+    holds = describe(rows)
+    print("all limits hold" if holds else "some limits do not hold")
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

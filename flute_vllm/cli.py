@@ -105,6 +105,10 @@ def quantize(
     ] = "bundled",
     samples: Annotated[int | None, typer.Option(min=2, help="Windows of text.")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens of a window.")] = None,
+    bpw: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight to fill with mixed bits, groups and tables."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Where in the text the windows begin.")] = 0,
     scale_dtype: Annotated[
         Literal["float16", "bfloat16"] | None,
@@ -139,7 +143,7 @@ def quantize(
     settings = QuantizeSettings(
         bits=bits, group_size=group_size, recipe=recipe, scale_dtype=scale_dtype,
         skip=tuple(skip or ()), overrides=overrides, table=table, device=device, calib=calib,
-        samples=samples, length=length, seed=seed,
+        samples=samples, length=length, seed=seed, bpw=bpw,
     )  # fmt: skip
     _refuse_existing(out)
     folder = resolve_source(src)
@@ -219,6 +223,10 @@ def evaluate(
         Literal["transformers", "vllm"],
         typer.Option(help="transformers: float32, the format; vllm: as it is served."),
     ] = "transformers",
+    top: Annotated[
+        int,
+        typer.Option(min=0, help="vllm: tokens a position for the KL divergence; 0: all."),
+    ] = 256,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on texts; with a reference, KL divergence and top-1 agreement."""
@@ -227,11 +235,11 @@ def evaluate(
 
     contents = read_texts(texts)
     if engine == "vllm":
-        if reference is not None:
-            raise typer.BadParameter("--reference needs --engine transformers")
         from flute_vllm.evaluate_vllm import perplexity_vllm
 
-        _print_evaluation(model, perplexity_vllm(resolve_source(model), contents, window), as_json)
+        dense = None if reference is None else resolve_source(reference)
+        served = perplexity_vllm(resolve_source(model), contents, window, reference=dense, top=top)
+        _print_evaluation(model, served, as_json)
         return
     network, tokenizer = load_model(resolve_source(model), device=device)
     other = None

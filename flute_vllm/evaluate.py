@@ -238,7 +238,7 @@ def load_model(
     Raises:
         FluteError: the folder is damaged, or its tensors are not those of the architecture.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from flute_vllm import importers
     from flute_vllm.checkpoint import Checkpoint
@@ -252,14 +252,19 @@ def load_model(
             "cannot load the tokenizer", where=str(folder), why=f"{type(error).__name__}: {error}",
             fix="copy the tokenizer files of the original model into the folder",
         ) from error  # fmt: skip
-    if not is_quantized:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True
-        )
-        _check_report(folder, report, type(model).__name__)
-    else:
-        model = load_twin(folder, dtype)
+    model = load_twin(folder, dtype) if is_quantized else load_dense(folder, dtype)
     return model.eval().to(device), tokenizer
+
+
+def load_dense(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model of a folder that is not quantized; see :func:`load_model`."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, output_loading_info=True
+    )
+    _check_report(folder, report, type(model).__name__)
+    return model
 
 
 def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -12,7 +12,7 @@ from tiny_models import write_tiny_model
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.quantize.activations import observe
+from flute_vllm.quantize.activations import Moments, observe
 from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.calibration import calibration_text, cut
 from flute_vllm.quantize.model import quantize_checkpoint
@@ -92,13 +92,63 @@ def test_no_tokenizer_is_told(tmp_path):
     assert "--recipe fast" in caught.value.fix
 
 
-def test_calibrating_a_mixture_of_experts_is_refused(tmp_path):
+@pytest.mark.parametrize("recipe", ["balanced", "best"])
+def test_calibrating_a_mixture_of_experts_is_refused(recipe, tmp_path):
     dense = write_tiny_model(tmp_path / "dense", "mixtral", vocab_size=4096)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MODEL / name, dense / name)
-    settings = QuantizeSettings(recipe="balanced", samples=2, length=16)
+    settings = QuantizeSettings(recipe=recipe, samples=2, length=16)
     with pytest.raises(FluteError, match="cannot run this architecture block by block"):
         quantize_checkpoint(dense, tmp_path / "out", settings)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_fast_needs_no_text_and_goes_on_without_running_the_model(tmp_path, caplog):
+    """Experts are stored under other names than transformers', so blocks cannot be run."""
+    dense = write_tiny_model(tmp_path / "dense", "mixtral")
+    report = quantize_checkpoint(dense, tmp_path / "out", QuantizeSettings(recipe="fast"))
+    assert report["calibration"] is None
+    gates = report["modules"]["model.layers.0.self_attn.o_proj"]["gates"]
+    assert [gate["step"] for gate in gates] == ["search", "learn_table"]
+    told = [r.getMessage() for r in caplog.records if "rounds to nearest" in r.getMessage()]
+    assert len(told) == 1
+    assert "the checkpoint has no tensor" in told[0]
+
+
+def test_random_tokens_are_trusted_as_far_as_the_prior_says(tmp_path):
+    dense = write_tiny_model(tmp_path / "dense", "llama")
+    settings = QuantizeSettings(recipe="fast", bits=3)
+    report = quantize_checkpoint(dense, tmp_path / "out", settings)
+    assert report["calibration"] == {
+        "name": "random tokens", "samples": 32, "length": 256, "heldout": 0,
+    }  # fmt: skip
+    assert "random tokens, 32 windows" in (tmp_path / "out" / "README.md").read_text()
+    moments = Moments(4, 0, torch.device("cpu"), prior=0.5)
+    x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17)
+    moments.add("hessian m", x, x)
+    moments.tokens = len(x)
+    hessian = moments.statistics("m").hessian
+    share = 0.5 + 16 / 4096
+    plain = x.T @ x / (x.T @ x).diagonal().mean()
+    assert torch.allclose(hessian, (plain + share * torch.eye(16)) / (1 + share), atol=1e-5)
+    assert moments.statistics("m").heldout is None
+
+
+def test_only_what_held_out_text_confirms_is_corrected():
+    """A correction fitted to few tokens is cut back; one that holds everywhere is made."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, generator=generator)
+    for tokens, holds in ((40, False), (4000, True)):
+        moments = Moments(2, 1, torch.device("cpu"))
+        for part in ("", "heldout "):
+            dense = torch.randn(tokens, 32, generator=generator)
+            bent = dense @ (torch.eye(32) * 0.9) if holds else dense
+            bent = bent + 0.1 * torch.randn(tokens, 32, generator=generator)
+            name = part or "hessian "
+            moments.add(f"{name}m", bent, bent)
+            moments.add(f"{part}cross m", dense, bent)
+        moved = float((moments.target("m", weight) - weight).norm() / weight.norm())
+        assert (0.07 < moved < 0.15) if holds else moved < 0.05
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "qwen3", "phi3"])

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from native_writer import write_native
@@ -15,6 +16,7 @@ from tiny_models import write_tiny_model
 
 from flute_vllm.errors import FluteError
 from flute_vllm.evaluate import cut_windows, load_model, perplexity, read_texts
+from flute_vllm.evaluate_vllm import Position, divergence
 from flute_vllm.format import LayerSpec
 
 VOCABULARY = 8
@@ -196,3 +198,19 @@ def test_missing_tokenizer(quantized):
         path.unlink()
     with pytest.raises(FluteError, match="cannot load the tokenizer"):
         load_model(quantized[0])
+
+
+def test_divergence_of_the_best_tokens_is_exact_or_a_lower_bound():
+    """vLLM names the best tokens only; the rest is one token, and lumping can only lower KL."""
+    generator = np.random.default_rng(0)
+    log_p, log_q = (np.log(generator.dirichlet(np.full(50, 0.3))) for _ in range(2))
+    exact = float((np.exp(log_p) * (log_p - log_q)).sum())
+    found = []
+    for top in (50, 20, 5, 1):
+        best = [np.argsort(-log)[:top] for log in (log_p, log_q)]
+        positions = [Position(0.0, i, log[i]) for i, log in zip(best, (log_p, log_q), strict=True)]
+        found.append(divergence(*positions))
+        assert positions[0].first == int(log_p.argmax())
+    assert found[0] == pytest.approx(exact, abs=1e-6)
+    assert exact + 1e-9 >= found[1]
+    assert all(0 <= value <= exact + 1e-9 for value in found)

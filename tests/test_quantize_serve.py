@@ -34,8 +34,10 @@ CALIBRATED = {"samples": 4, "length": 64}
 CASES: dict[str, tuple[str, QuantizeSettings]] = {
     **{name: (name, QuantizeSettings(bits=3, recipe="nf")) for name in FAMILIES},
     "fast": ("llama", QuantizeSettings(bits=4)),
+    "fast mixtral": ("mixtral", QuantizeSettings(bits=4)),  # rounds to nearest, with a warning
     "balanced": ("llama", QuantizeSettings(bits=3, recipe="balanced", **CALIBRATED)),
     "best": ("qwen3", QuantizeSettings(bits=2, recipe="best", **CALIBRATED)),
+    "mixed": ("llama", QuantizeSettings(bits=2, recipe="best", bpw=3.4, **CALIBRATED)),
     "learned": ("mistral", QuantizeSettings(bits=4, recipe="learned", **CALIBRATED)),
     "int": ("llama", QuantizeSettings(bits=4, table="int", recipe="nf")),
 }  # fmt: skip
@@ -76,6 +78,16 @@ def test_served_answers_are_those_of_the_twin(name, folders, answers, tmp_path):
         assert found["logprobs"] == pytest.approx(wanted["logprobs"], abs=2e-3)
 
 
+def test_mixed_bits_have_every_kind_of_layer(folders):
+    checkpoint = Checkpoint(folders["mixed"] / "quantized")
+    config = validate_checkpoint(checkpoint)
+    modules = [n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight")]
+    specs = [config.spec_for(module) for module in modules]
+    assert {spec.table_kind for spec in specs} == {"scalar", "pair"}
+    assert len({spec.bits for spec in specs}) > 1
+    assert len({spec.group_size for spec in specs}) > 1
+
+
 def test_experts_stay_dense_and_attention_does_not(folders):
     checkpoint = Checkpoint(folders["mixtral"] / "quantized")
     config = validate_checkpoint(checkpoint)
@@ -85,16 +97,17 @@ def test_experts_stay_dense_and_attention_does_not(folders):
     assert config.is_skipped("model.layers.0.block_sparse_moe.experts.0.w1")
 
 
-def test_perplexity_through_vllm_is_that_of_transformers(tmp_path):
+def test_perplexity_and_kl_through_vllm_are_those_of_transformers(tmp_path):
     """The same windows; float32 on both sides. In a process of its own, as engines are."""
     quantize_checkpoint(MODEL, tmp_path / "out", QuantizeSettings(bits=3, recipe="nf"))
     text = tmp_path / "text.py"
-    text.write_text(Path(shutil.__file__).read_text()[:6000])
+    text.write_text(Path(shutil.__file__).read_text()[:3000])
     found = {}
     for engine in ("transformers", "vllm"):
         command = [
             sys.executable, "-m", "flute_vllm.cli", "eval", str(tmp_path / "out"), str(text),
-            "--window", "256", "--engine", engine, "--json",
+            "--window", "256", "--engine", engine, "--json", "--reference", str(MODEL),
+            "--top", "0",
         ]  # fmt: skip
         environment = {**os.environ, **LIGHT_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
@@ -106,3 +119,7 @@ def test_perplexity_through_vllm_is_that_of_transformers(tmp_path):
     assert found["vllm"]["perplexity"] == pytest.approx(
         found["transformers"]["perplexity"], rel=0.02
     )
+    assert found["vllm"]["kl"] == pytest.approx(found["transformers"]["kl"], rel=0.1)
+    agreement = found["transformers"]["top1_agreement"]
+    assert found["vllm"]["top1_agreement"] == pytest.approx(agreement, abs=0.03)
+    assert "KL over the whole vocabulary" in found["vllm"]["protocol"]

@@ -17,6 +17,7 @@ from torch import nn
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.structure import decoder_stacks, name_candidates
+from flute_vllm.quantize.tensor import check_finite
 
 _TOKENS_AT_ONCE = 4096  # of one forward pass; bounds the memory of attention and MLP
 
@@ -122,6 +123,14 @@ class BlockRunner:
         """Checkpoint name of a module of a block, by its name inside the block."""
         return self._find(f"{self.stack}.{index}.{module}.weight", ".weight")
 
+    def check_names(self) -> None:
+        """Raises FluteError unless the checkpoint has every parameter, so before any work."""
+        head = self.model.get_output_embeddings()
+        left_out = set() if head is None else {id(p) for p in head.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in left_out and self._find(name) is None:
+                raise self._unsupported(f"the checkpoint has no tensor {name}")
+
     def _is_inside(self, name: str) -> bool:
         return name.startswith(f"{self.stack}.")
 
@@ -135,7 +144,11 @@ class BlockRunner:
         name = self._find(parameter)
         if name is None:
             raise self._unsupported(f"the checkpoint has no tensor {parameter}")
-        return self.checkpoint.load(name)
+        tensor = self.checkpoint.load(name)
+        # Here, because a NaN in one matrix shows as NaN activations of the next.
+        if tensor.is_floating_point() and tensor.dim() and tensor.numel():
+            check_finite(tensor, name)
+        return tensor
 
     def _fill(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -19,16 +19,34 @@ from flute_vllm.quantize.recipes import Calibration
 from flute_vllm.resources import data_path
 
 BUNDLED, NONE, HUB = "bundled", "none", "hf:"
+RANDOM = "random tokens"
 _FEWEST = 2  # windows: one to learn from, one to judge with
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids int64 [samples, length]; the last ``heldout`` windows only judge."""
+    """Token ids int64 [samples, length]; the last ``heldout`` windows only judge.
+
+    ``prior`` as in :class:`flute_vllm.quantize.recipes.Calibration`.
+    """
 
     ids: torch.Tensor
     heldout: int
     origin: dict[str, Any]
+    prior: float = 0.0
+
+
+def draw(checkpoint: Checkpoint, wanted: Calibration, longest: int | None, seed: int) -> Windows:
+    """Windows of tokens drawn evenly from the vocabulary: no text and no tokenizer is needed.
+
+    None is held out: random tokens cannot tell what holds for text, so no gate trusts them.
+    """
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    generator = torch.Generator().manual_seed(seed)
+    size = (wanted.samples, min(wanted.length, longest or wanted.length))
+    ids = torch.randint(text["vocab_size"], size, generator=generator)
+    origin = {"name": RANDOM, "samples": size[0], "length": size[1], "heldout": 0}
+    return Windows(ids, 0, origin, wanted.prior)
 
 
 def calibration_text(calib: str) -> str:

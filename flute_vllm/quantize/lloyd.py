@@ -53,23 +53,48 @@ def learn_table(
 
 
 def learn_pairs(
-    weight: torch.Tensor, statistics: Statistics, state: State, rounds: int = 6
+    weight: torch.Tensor, statistics: Statistics, state: State, rounds: int = 12
 ) -> State:
     """Turns a scalar table into a learned table of pairs (README, "Weights"; HIGGS p = 2).
 
-    Starts from all pairs of the scalar values, which means the same weights, and iterates k-means
-    in the plane, so the objective can only fall. Does nothing when the user fixed the table.
+    K-means in the plane from two starts: all pairs of the scalar values, and pairs of weights of
+    the matrix. The first means the same weights as before, so nothing is lost, but it is a
+    stationary point of k-means on independent weights (.10518 to .10512 at 2 bits on Gaussian
+    ones); the second finds tables that are no grid. Does nothing when the user fixed the table.
     """
     if state.is_table_fixed:
         return state
     bits = state.spec.bits
     group = state.group(weight.shape[1])
     groups, importance = sample_groups(weight, statistics, group, SAMPLED_FOR_PAIRS)
-    table = state.table if state.table.dim() == 2 else torch.cartesian_prod(*[state.table] * 2)
-    table = _improve(groups, importance, table, bits, rounds)
+    grid = state.table if state.table.dim() == 2 else torch.cartesian_prod(*[state.table] * 2)
+    results = []
+    for start in (grid, _pairs_of(groups, importance, state.quantizer(), 4**bits)):
+        table = _stored(_improve(groups, importance, start, bits, rounds), state)
+        results.append((_lost(groups, importance, Quantizer(table, bits)), table))
+    best = min(results, key=lambda result: result[0])[1]
     spec = state.spec.with_changes(table_kind="pair")
-    changed = state.with_changes(spec=spec, table=_stored(table, state))
-    return search(weight, statistics, changed)
+    return search(weight, statistics, state.with_changes(spec=spec, table=best))
+
+
+def as_pairs(state: State) -> State:
+    """The same weights with a pair table: all pairs of the values of the scalar one."""
+    spec = state.spec.with_changes(table_kind="pair")
+    return state.with_changes(spec=spec, table=torch.cartesian_prod(state.table, state.table))
+
+
+def _pairs_of(
+    groups: torch.Tensor, importance: torch.Tensor | None, quantizer: Quantizer, count: int
+) -> torch.Tensor:
+    """float32 [count, 2]: pairs of weights over their scale, evenly spread over the groups."""
+    scales = searched_scales(groups, quantizer, importance)
+    used = scales.abs() > 0
+    ratio = torch.where(used, 1 / torch.where(used, scales, 1.0), 0.0)[:, None] * groups
+    pairs = ratio.reshape(-1, 2)
+    stride = max(1, len(pairs) // count) | 1
+    chosen = torch.arange(count, device=pairs.device) * stride % len(pairs)
+    # A few are far out; the scales are made for values up to the table's largest.
+    return pairs[chosen].clamp(-1.2 * quantizer.largest, 1.2 * quantizer.largest)
 
 
 def sample_groups(

@@ -38,24 +38,28 @@ def memory_parts(
     """
     copied = max(checkpoint.tensors[n].nbytes for unit in plan.units for n in unit.copied)
     groups = [_shape(plan, group) for unit in plan.units for group in unit.groups]
+    whole = []
+    if settings.bpw is not None:
+        whole = [Part("whole model, while --bpw measures", checkpoint.nbytes, True)]
     temporaries = _TEMPORARIES * 4 * BLOCK_WEIGHTS[device]
     read = Part("largest tensor that is only copied", copied, False)
     if plan.recipe.needs == "nothing" or settings.calib == "none":
         rows, columns = max(groups, key=lambda shape: shape[0] * shape[1])
         return [
+            *whole,
             read,
             Part(f"largest fused group, {rows} x {columns}: 16 bits and codes",
                  3 * rows * columns, True),
             Part("blocks of rows of the scale search", temporaries, True),
         ]  # fmt: skip
     if plan.recipe.needs == "gradients":
-        return [read, *_trained_parts(checkpoint, plan)]
+        return [*whole, read, *_trained_parts(checkpoint, plan)]
     rows, columns = max(groups, key=lambda shape: _group_peak(*shape, temporaries))
     peak = Part(
         f"largest group, {rows} x {columns}: weights, codes, moments, factors of the Hessian",
         _group_peak(rows, columns, temporaries), True,
     )  # fmt: skip
-    return [read, peak, *_calibrated_parts(checkpoint, plan, settings)]
+    return [*whole, read, peak, *_calibrated_parts(checkpoint, plan, settings)]
 
 
 def _group_peak(rows: int, columns: int, temporaries: int) -> int:

@@ -19,14 +19,22 @@ import torch
 from flute_vllm import __version__
 from flute_vllm.checkpoint import Checkpoint, read_json
 from flute_vllm.errors import FluteError
+from flute_vllm.quantize.allocate import allocate, shipped_options
 from flute_vllm.quantize.journal import SCRATCH, JournalFolder, source_fingerprint
 from flute_vllm.quantize.learned import load_or_train, train_scales, with_scales
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit, plan_checkpoint
 from flute_vllm.quantize.recipes import Trace, run_recipe
 from flute_vllm.quantize.report import ModuleReport, make_card, make_report
+from flute_vllm.quantize.sensitivity import load_or_measure, measure_losses
 from flute_vllm.quantize.state import State, Statistics, relative_error
-from flute_vllm.quantize.stream import ActivationStream, open_windows
+from flute_vllm.quantize.stream import (
+    ActivationStream,
+    measuring_windows,
+    open_stream,
+    open_windows,
+)
 from flute_vllm.quantize.tensor import load_group, start_state
+from flute_vllm.schema import module_matches
 from flute_vllm.writer import ShardWriter, file_nbytes
 
 logger = logging.getLogger(__name__)
@@ -70,10 +78,9 @@ def quantize_checkpoint(
     device = choose_device(settings.device)
     plan = plan_checkpoint(checkpoint, settings)
     windows = open_windows(checkpoint, plan, settings)
-    calibration = None if windows is None else windows.origin
-    stream = None
-    if windows is not None and plan.recipe.needs == "activations":
-        stream = ActivationStream(checkpoint, plan, windows, device)
+    stream = open_stream(checkpoint, plan, windows, device)
+    is_read = stream is not None or plan.recipe.needs == "gradients"
+    calibration = windows.origin if windows is not None and is_read else None
     fingerprint = {
         **settings.to_json(),
         "device": device.type,
@@ -88,9 +95,13 @@ def quantize_checkpoint(
     folder = JournalFolder(out, fingerprint, restart)
     for note in plan.notes:
         logger.warning("%s", note)
-    callbacks.on_plan(plan)
     trained: dict[str, torch.Tensor] = {}
     with folder:
+        if settings.bpw is not None:
+            plan = _allocated(folder, checkpoint, plan, settings, device)
+            if stream is not None:
+                stream.plan = plan
+        callbacks.on_plan(plan)
         left = [unit for unit in plan.units if unit.name not in folder.done]
         if folder.done:
             callbacks.on_resume(plan, list(folder.done))
@@ -120,6 +131,36 @@ def quantize_checkpoint(
         folder.write_text("README.md", make_card(report, checkpoint.folder, name))
         folder.commit({**checkpoint.config, "quantization_config": plan.config.to_json()})
     return report
+
+
+def _allocated(
+    folder: JournalFolder,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    settings: QuantizeSettings,
+    device: torch.device,
+) -> Plan:
+    """The plan with specs that fill ``settings.bpw``; the same again when resumed."""
+    groups = [
+        group for unit in plan.units for group in unit.groups
+        if not any(module_matches(p, m) for p in settings.overrides for m in group)
+    ]  # fmt: skip
+    shapes = {group: [plan.shapes[module] for module in group] for group in groups}
+    base = plan.config.default_spec()
+    is_learned = not plan.codebooks[base.bits].is_fixed
+    has_pairs = is_learned and any(c["step"] == "learn_pairs" for c in plan.recipe.steps)
+    options = [o for o in shipped_options() if o.table_kind == "scalar" or has_pairs]
+    wanted = plan.recipe.calibration.model_copy(update={"samples": 16, "length": 256})
+    losses = load_or_measure(
+        folder.partial / f"{SCRATCH}losses.json",
+        lambda: measure_losses(
+            checkpoint, groups, base, plan.codebooks[base.bits],
+            measuring_windows(checkpoint, wanted, settings), device,
+        ),
+    )  # fmt: skip
+    weights = sum(n * k for parts in shapes.values() for n, k in parts)
+    found = allocate(shapes, losses, base, options, settings.bpw * weights)
+    return plan_checkpoint(checkpoint, settings, {m: found[g] for g in groups for m in g})
 
 
 def _make_unit(
@@ -176,9 +217,12 @@ def _quantize_group(
     aim = weight if target is None else target
     spec = plan.specs[group[0]]
     codebook = plan.codebooks[spec.bits]
-    start = start_state(spec, codebook.values.to(weight.device), codebook.is_fixed, group[0])
+    # Pair tables that the user did not give are learned from a scalar one.
+    wants_pairs = spec.table_kind == "pair" and codebook.table_kind == "scalar"
+    begun = spec.with_changes(table_kind="scalar") if wants_pairs else spec
+    start = start_state(begun, codebook.values.to(weight.device), codebook.is_fixed, group[0])
     if scales is None:
-        state, traces = run_recipe(plan.recipe, aim, statistics, start)
+        state, traces = run_recipe(plan.recipe, aim, statistics, start, wants_pairs)
     else:  # trained for the loss of the model, so no error of a layer may overrule them
         state, traces = with_scales(weight, statistics, start, scales), []
     reports = []

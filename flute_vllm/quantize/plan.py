@@ -6,7 +6,7 @@ output file, so a file that is complete is work that no crash takes back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,9 @@ class QuantizeSettings:
         calib: text for recipes that need activations: "bundled", a file, "hf:DATASET", "none".
         samples, length: windows of text and tokens in each; None: what the recipe says.
         seed: where in the text the windows begin.
+        bpw: bits per weight to fill with mixed bits, group sizes and kinds of table, chosen by
+            what each group of modules costs the model; modules of ``overrides`` keep theirs.
+            None: the same for all.
     """
 
     bits: int = 4
@@ -53,6 +56,7 @@ class QuantizeSettings:
     samples: int | None = None
     length: int | None = None
     seed: int = 0
+    bpw: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "skip": list(self.skip)}
@@ -112,8 +116,17 @@ class Plan:
         return stored / self.weights
 
 
-def plan_checkpoint(checkpoint: Checkpoint, settings: QuantizeSettings) -> Plan:
-    """Decides the spec of every module from headers; reads no weight. Raises FluteError."""
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    settings: QuantizeSettings,
+    allocated: Mapping[str, LayerSpec] | None = None,
+) -> Plan:
+    """Decides the spec of every module from headers; reads no weight. Raises FluteError.
+
+    Args:
+        checkpoint, settings: of the run.
+        allocated: specs by module that ``bpw`` led to, once they are known.
+    """
     _refuse_quantized(checkpoint)
     recipe = load_recipe(settings.recipe)
     codebooks = _codebooks(settings)
@@ -131,6 +144,13 @@ def plan_checkpoint(checkpoint: Checkpoint, settings: QuantizeSettings) -> Plan:
     notes = list(selection.notes)
     dense = [*settings.skip, *selection.dense, *_unfit(selection, default, settings, notes)]
     config = _config(default, dense, settings, codebooks)
+    if allocated is not None:
+        config = _with_allocated(config, allocated)
+    elif settings.bpw is not None:
+        notes.append(
+            f"bits, group sizes and tables will be chosen to fill {settings.bpw:g} bits per "
+            "weight, once it is measured what each module needs; sizes shown are those without"
+        )
     found = {module: config.spec_for(module) for module in selection.linears}
     specs = {module: spec for module, spec in found.items() if spec is not None}
     _check_patterns(settings, selection)
@@ -167,6 +187,26 @@ def _config(
         overrides=_overrides(settings, codebooks),
     )
     return FluteQuantizationConfig.parse(config.to_json(), where="command line")
+
+
+def _with_allocated(
+    config: FluteQuantizationConfig, allocated: Mapping[str, LayerSpec]
+) -> FluteQuantizationConfig:
+    default = config.default_spec()
+    overrides = {}
+    for module, spec in allocated.items():
+        changes = {
+            name: getattr(spec, name)
+            for name in ("bits", "group_size", "table_kind")
+            if getattr(spec, name) != getattr(default, name)
+        }
+        if changes:
+            overrides[module] = Override(**changes)
+    merged = {**config.to_json(), "overrides": {
+        pattern: change.model_dump(exclude_none=True)
+        for pattern, change in {**overrides, **config.overrides}.items()
+    }}  # fmt: skip
+    return FluteQuantizationConfig.parse(merged, where="allocation")
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flute_vllm.checkpoint import read_json
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.feedback import descend, error_feedback
-from flute_vllm.quantize.lloyd import learn_pairs, learn_table
+from flute_vllm.quantize.lloyd import as_pairs, learn_pairs, learn_table
 from flute_vllm.quantize.refit import refit_scales, refit_table
 from flute_vllm.quantize.rounding import absmax, search
 from flute_vllm.quantize.state import State, Statistics, relative_error
@@ -35,13 +35,18 @@ NEED_HESSIAN = {"error_feedback", "descend", "refit_scales", "refit_table"}
 
 
 class Calibration(BaseModel):
-    """How much text a recipe reads: ``samples`` windows of ``length`` tokens."""
+    """How much a recipe reads: ``samples`` windows of ``length`` tokens.
+
+    ``prior`` is added to the diagonal of the mean-normalised Hessian: how little random tokens
+    are trusted to say what text does.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: int = Field(default=128, ge=2)
     length: int = Field(default=2048, ge=8)
     heldout_share: float = Field(default=0.125, gt=0, lt=1)
+    prior: float = Field(default=0.0, ge=0)
 
 
 class Training(BaseModel):
@@ -56,20 +61,22 @@ class Training(BaseModel):
 class Recipe(BaseModel):
     """One file of ``configs/recipes``.
 
-    ``propagation`` says what a matrix sees: "block": the input of a block is that of the
-    quantized blocks before it; "sequential": matrices before it in its block are quantized too,
-    and its target is the output of the dense model (arXiv 2504.02692).
+    ``needs`` "random tokens" is activations without any text: tokens are drawn from the
+    vocabulary. ``propagation`` says what a matrix sees: "dense": the inputs that it has in the
+    dense model; "block": the input of a block is that of the quantized blocks before it;
+    "sequential": matrices before it in its block are quantized too, and its target is the output
+    of the dense model (arXiv 2504.02692).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     summary: str
-    needs: Literal["nothing", "activations", "gradients"]
+    needs: Literal["nothing", "random tokens", "activations", "gradients"]
     steps: tuple[dict[str, Any], ...]
     calibration: Calibration = Calibration()
     training: Training | None = None
-    propagation: Literal["block", "sequential"] = "block"
+    propagation: Literal["dense", "block", "sequential"] = "block"
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,11 @@ def _bad_recipe(path: Path, why: str) -> FluteError:
 
 
 def run_recipe(
-    recipe: Recipe, weight: torch.Tensor, statistics: Statistics, start: State
+    recipe: Recipe,
+    weight: torch.Tensor,
+    statistics: Statistics,
+    start: State,
+    wants_pairs: bool = False,
 ) -> tuple[State, list[Trace]]:
     """Runs the steps one after another and keeps each result that is not worse.
 
@@ -131,6 +142,8 @@ def run_recipe(
         weight: floating [N, K], finite, on the device of the statistics.
         statistics: of the input; empty without calibration.
         start: table and spec, no codes.
+        wants_pairs: the result is stored with a pair table, learned by the step ``learn_pairs``,
+            which is left out otherwise.
 
     Returns:
         The best state and what each step did, in order.
@@ -145,10 +158,14 @@ def run_recipe(
         name = call["step"]
         if name in NEED_HESSIAN and statistics.hessian is None:
             continue
+        if name == learn_pairs.__name__ and not wants_pairs:
+            continue
         found = STEPS[name](weight, statistics, state, **options)
         error = relative_error(weight, found, judge)
         is_kept = error <= best or state.codes is None
         if is_kept:
             state, best = found, error
+        elif name == learn_pairs.__name__:
+            state = as_pairs(state)
         traces.append(Trace(name, error, is_kept))
     return state, traces

@@ -109,8 +109,10 @@ def make_card(report: dict[str, Any], source: Path, name: str) -> str:
     if calibration is not None:
         described = (
             f"{calibration['name']}, {calibration['samples']} windows of "
-            f"{calibration['length']} tokens, SHA-256 of the text `{calibration['sha256'][:16]}`"
+            f"{calibration['length']} tokens"
         )
+        if "sha256" in calibration:
+            described += f", SHA-256 of the text `{calibration['sha256'][:16]}`"
     output_error = totals["mean_output_error"]
     return CARD.format(
         front=_front_matter(source), name=name, bits=settings["bits"], version=report["version"],

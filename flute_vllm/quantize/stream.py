@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flute_vllm.checkpoint import Checkpoint
+from flute_vllm.errors import FluteError
 from flute_vllm.quantize.activations import observe
 from flute_vllm.quantize.blocks import BlockRunner
-from flute_vllm.quantize.calibration import NONE, Windows, cut
+from flute_vllm.quantize.calibration import NONE, RANDOM, Windows, cut, draw
 from flute_vllm.quantize.journal import SCRATCH
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit
+from flute_vllm.quantize.recipes import Calibration
 from flute_vllm.quantize.state import State, Statistics
 from flute_vllm.quantize.tensor import load_group
 from flute_vllm.writer import fsync, writing
@@ -41,13 +43,15 @@ class ActivationStream:
     ) -> None:
         self.checkpoint, self.plan, self.windows, self.device = checkpoint, plan, windows, device
         self.is_sequential = plan.recipe.propagation == "sequential"
+        self.is_dense = plan.recipe.propagation == "dense"
+        self.runner = BlockRunner(checkpoint, device)
+        self.runner.check_names()
         self._names: list[str] = []
         self._next = 0
 
     def start(self, folder: Path, names: Sequence[str], left: Sequence[Unit]) -> None:
         """Runs the embeddings, or takes up the activations that an earlier run left."""
         self._folder, self._names = folder, list(names)
-        self.runner = BlockRunner(self.checkpoint, self.device)
         embedded = self.runner.embed(self.windows.ids)
         self._next = len(names) - len(left)
         if self._next == 0 or all(unit.name == OUTSIDE for unit in left):
@@ -77,7 +81,11 @@ class ActivationStream:
                     self.dense = torch.cat(list(self.runner.run(dense, index, self.dense)))
             else:
                 firsts = [leaf[group[0]] for group in unit.groups]
-                moments = observe(self.runner, index, block, self.hidden, heldout, firsts)
+                outputs: list[torch.Tensor] = []
+                moments = observe(
+                    self.runner, index, block, self.hidden, heldout, firsts,
+                    prior=self.windows.prior, outputs=outputs if self.is_dense else None,
+                )  # fmt: skip
                 for group in unit.groups:
                     statistics = moments.statistics(leaf[group[0]])
                     state = make(
@@ -87,7 +95,10 @@ class ActivationStream:
                         None,
                     )
                     self._put(block, group, leaf, state)
-            self.hidden = torch.cat(list(self.runner.run(block, index, self.hidden)))
+            if self.is_dense:
+                self.hidden = torch.cat(outputs)
+            else:
+                self.hidden = torch.cat(list(self.runner.run(block, index, self.hidden)))
         self._next += 1
 
     def _in_order(
@@ -132,8 +143,12 @@ class ActivationStream:
             fsync(path)
 
     def forget_before(self, unit: str) -> None:
-        """Removes the activations that led to a unit that is now in the journal."""
-        path = self._path(self._names.index(unit))
+        """Removes what no rerun needs once a unit is in the journal.
+
+        The activations that led to the unit itself stay: a journal whose last line is lost means
+        that the unit is made again.
+        """
+        path = self._path(self._names.index(unit) - 1)
         with writing(path):
             path.unlink(missing_ok=True)
 
@@ -156,4 +171,40 @@ def open_windows(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings)
     )
     text = checkpoint.config.get("text_config", checkpoint.config)
     longest = text.get("max_position_embeddings")
+    if plan.recipe.needs == RANDOM:
+        return draw(checkpoint, wanted, longest, settings.seed)
     return cut(checkpoint, settings.calib, wanted, longest, settings.seed)
+
+
+def open_stream(
+    checkpoint: Checkpoint, plan: Plan, windows: Windows | None, device: torch.device
+) -> ActivationStream | None:
+    """The stream of a recipe that reads activations; None for others.
+
+    Raises:
+        FluteError: the architecture cannot be run block by block. A recipe that reads random
+            tokens goes on without them, told so by a warning: it promises to need no data.
+    """
+    if windows is None or plan.recipe.needs not in (RANDOM, "activations"):
+        return None
+    try:
+        return ActivationStream(checkpoint, plan, windows, device)
+    except FluteError as error:
+        if plan.recipe.needs != RANDOM:
+            raise
+        logger.warning(
+            "flute: recipe %s rounds to nearest here, without the second moments of random tokens: "
+            "%s", plan.recipe.name, error.why,
+        )  # fmt: skip
+        return None
+
+
+def measuring_windows(
+    checkpoint: Checkpoint, wanted: Calibration, settings: QuantizeSettings
+) -> torch.Tensor:
+    """int64 [windows, length]: text, or random tokens with ``--calib none``, to measure losses."""
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    longest = text.get("max_position_embeddings")
+    if settings.calib == NONE:
+        return draw(checkpoint, wanted, longest, settings.seed).ids
+    return cut(checkpoint, settings.calib, wanted, longest, settings.seed).ids

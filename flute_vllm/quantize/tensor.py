@@ -94,9 +94,15 @@ def check_weight(weight: torch.Tensor, spec: LayerSpec, where: str) -> None:
             fix="leave the module dense with --skip",
         )
     spec.check_in_features(weight.shape[1], where)
-    for block in row_blocks(weight):
-        if not bool(weight[block].isfinite().all()):
-            raise _not_finite(weight[block], block.start, where)
+    check_finite(weight, where)
+
+
+def check_finite(weight: torch.Tensor, where: str) -> None:
+    """Raises FluteError that names the first NaN or infinity of a matrix or vector."""
+    matrix = weight if weight.dim() == 2 else weight.reshape(1, -1)
+    for block in row_blocks(matrix):
+        if not bool(matrix[block].isfinite().all()):
+            raise _not_finite(matrix[block], block.start, where)
 
 
 def load_group(
