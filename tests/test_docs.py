@@ -46,6 +46,20 @@ def test_gpu_table_equals_the_committed_results():
         assert values == [cells[layer, m] for m in counts]
 
 
+def test_quality_table_equals_the_committed_results():
+    path = "benchmarks/results/h200/quality.json"
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
+    bits = [int(cell.split()[0]) for cell in table[0].split("|")[2:-1]]
+    assert len(table) - 2 == len({row["recipe"] for row in rows})
+    for line in table[2:]:
+        name, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        for width, value in zip(bits, values, strict=True):
+            seeds = [r for r in rows if (r["recipe"], r["bits"]) == (name.strip("`"), width)]
+            d, kld = (sum(r[k] for r in seeds) / len(seeds) for k in ("dlog_ppl", "kld"))
+            assert value == f"{d:.4f} ({kld:.4f})"
+
+
 def test_serving_table_and_plot_equal_the_committed_results():
     """``python benchmarks/plot_serve.py`` writes both."""
     record = json.loads(plot_serve.RESULTS.read_text())
