@@ -21,7 +21,7 @@ from flute_vllm.quantize.feedback import descend, error_feedback
 from flute_vllm.quantize.lloyd import as_pairs, learn_pairs, learn_table
 from flute_vllm.quantize.refit import refit_scales, refit_table
 from flute_vllm.quantize.rounding import absmax, search
-from flute_vllm.quantize.state import State, Statistics, relative_error
+from flute_vllm.quantize.state import State, Statistics, energy, relative_error
 from flute_vllm.resources import data_path
 
 STEPS: dict[str, Callable[..., State]] = {
@@ -152,6 +152,7 @@ def run_recipe(
         FluteError: a scale beyond the range of its dtype, an unusable Hessian.
     """
     judge = statistics.heldout if statistics.heldout is not None else statistics.hessian
+    whole = energy(weight, judge)
     state, best, traces = start, float("inf"), []
     for call in recipe.steps:
         options = {key: value for key, value in call.items() if key != "step"}
@@ -161,7 +162,7 @@ def run_recipe(
         if name == learn_pairs.__name__ and not wants_pairs:
             continue
         found = STEPS[name](weight, statistics, state, **options)
-        error = relative_error(weight, found, judge)
+        error = relative_error(weight, found, judge, whole=whole)
         is_kept = error <= best or state.codes is None
         if is_kept:
             state, best = found, error

@@ -113,6 +113,7 @@ def relative_error(
     state: State,
     hessian: torch.Tensor | None = None,
     rows: slice = ALL_ROWS,
+    whole: float | None = None,
 ) -> float:
     """How far the state is off: ``tr(D H D^T) / tr(W H W^T)`` with ``D = W - W'``.
 
@@ -124,16 +125,26 @@ def relative_error(
         state: with codes and scales.
         hessian: float32 [K, K] or None.
         rows: part of the matrix to look at, one of several that are fused.
+        whole: :func:`energy` of the same weight, Hessian and rows where it is known; with a Hessian
+            of [K, K] it takes as long as what is lost.
     """
-    lost = total = 0.0
+    total = energy(weight, hessian, rows) if whole is None else whole
+    lost = 0.0
     first = rows.indices(weight.shape[0])[0]
     for block in row_blocks(weight[rows]):
         here = slice(first + block.start, first + block.stop)
         dense = weight[here].float()
         off = state.dense(here).sub_(dense)
         lost += _energy(off, hessian)
-        total += _energy(dense, hessian)
     return lost / total if total > 0 else 0.0
+
+
+def energy(
+    weight: torch.Tensor, hessian: torch.Tensor | None = None, rows: slice = ALL_ROWS
+) -> float:
+    """``tr(W H W^T)`` of a floating weight [N, K], or of some of its rows."""
+    part = weight[rows]
+    return sum(_energy(part[block].float(), hessian) for block in row_blocks(part))
 
 
 def _energy(matrix: torch.Tensor, hessian: torch.Tensor | None) -> float:
