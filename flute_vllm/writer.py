@@ -224,6 +224,28 @@ def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(encoded)) + encoded, offsets
 
 
+def replace_tensors(path: Path, layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
+    """Overwrites some tensors of a complete weight file in place.
+
+    Not atomic: whoever calls it keeps the tensors on disk until the call has returned, and repeats
+    it after a crash.
+    """
+    _, offsets = _header(layout)
+    with writing(path), path.open("r+b") as file:
+        for name, tensor in tensors.items():
+            found = (tuple(tensor.shape), tensor.dtype)
+            if found != layout.get(name):
+                raise FluteError(
+                    "internal error: unexpected tensor", where=f"{path}: {name}",
+                    why=f"got {found}, expected {layout.get(name)}",
+                    fix="report this with the command that you ran",
+                )  # fmt: skip
+            file.seek(offsets[name])
+            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def file_nbytes(layout: Layout) -> int:
     """Bytes of a weight file, header included."""
     return len(_header(layout)[0]) + layout_nbytes(layout)

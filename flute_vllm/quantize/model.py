@@ -20,6 +20,7 @@ from flute_vllm import __version__
 from flute_vllm.checkpoint import Checkpoint, read_json
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.allocate import allocate, shipped_options
+from flute_vllm.quantize.calibration import Windows
 from flute_vllm.quantize.journal import SCRATCH, JournalFolder, source_fingerprint
 from flute_vllm.quantize.learned import load_or_train, train_scales, with_scales
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit, plan_checkpoint
@@ -34,8 +35,9 @@ from flute_vllm.quantize.stream import (
     open_windows,
 )
 from flute_vllm.quantize.tensor import load_group, start_state
+from flute_vllm.quantize.tune import load_or_tune, tune_scales
 from flute_vllm.schema import module_matches
-from flute_vllm.writer import ShardWriter, file_nbytes
+from flute_vllm.writer import ShardWriter, file_nbytes, replace_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +123,43 @@ def quantize_checkpoint(
             folder.record(unit.name, unit.file, modules=[asdict(report) for report in reports])
             if stream is not None:
                 stream.forget_before(unit.name)
+        tuned = _tune(folder, checkpoint, plan, windows, device, callbacks)
         for unit in plan.units:
             folder.count_shard(unit.file, unit.layout)
         modules = [m for unit in plan.units for m in folder.done[unit.name]["modules"]]
         report = make_report(plan, settings, modules, checkpoint, calibration)
+        if tuned is not None:
+            report["tuning"] = tuned
         folder.copy_extras(checkpoint.folder)
         folder.write_json("report.json", report)
         name = checkpoint.folder.resolve().name
         folder.write_text("README.md", make_card(report, checkpoint.folder, name))
         folder.commit({**checkpoint.config, "quantization_config": plan.config.to_json()})
     return report
+
+
+def _tune(
+    folder: JournalFolder,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    windows: Windows | None,
+    device: torch.device,
+    callbacks: Callbacks,
+) -> dict[str, Any] | None:
+    """Replaces scales and tables in the finished files by tuned ones, if the recipe tunes."""
+    tuning = plan.recipe.tuning
+    if tuning is None or windows is None:
+        return None
+    tensors, measured = load_or_tune(
+        folder.partial / f"{SCRATCH}tuned.safetensors",
+        lambda: tune_scales(
+            checkpoint.folder, folder.partial, plan, windows, tuning, device, callbacks.on_training
+        ),
+    )
+    for unit in plan.units:
+        found = {name: tensors[name] for name in unit.layout if name in tensors}
+        replace_tensors(folder.partial / unit.file, unit.layout, found)
+    return measured
 
 
 def _allocated(

@@ -58,6 +58,26 @@ class Training(BaseModel):
     epochs: int = Field(default=1, ge=1)
 
 
+class Tuning(BaseModel):
+    """How scales and tables are tuned for the whole model once every block is quantized.
+
+    Attributes:
+        rate: Adam's, of the factors on the scales.
+        table_rate: of table values, the largest of which begins near 1.
+        epochs: how often each window is seen.
+        tokens: of one step.
+        text: share of the text's own loss that is added to the KL divergence.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: float = Field(default=2e-3, gt=0)
+    table_rate: float = Field(default=5e-4, gt=0)
+    epochs: int = Field(default=4, ge=1)
+    tokens: int = Field(default=4096, ge=1)
+    text: float = Field(default=0.0, ge=0)
+
+
 class Recipe(BaseModel):
     """One file of ``configs/recipes``.
 
@@ -76,6 +96,7 @@ class Recipe(BaseModel):
     steps: tuple[dict[str, Any], ...]
     calibration: Calibration = Calibration()
     training: Training | None = None
+    tuning: Tuning | None = None
     propagation: Literal["dense", "block", "sequential"] = "block"
 
 
