@@ -44,7 +44,7 @@ def dense_folder(tmp_path_factory) -> Path:
 def settings(tmp_path_factory) -> QuantizeSettings:
     recipe = {
         "name": "quick", "summary": "for tests", "needs": "activations", "steps": STEPS,
-        "propagation": "sequential",
+        "propagation": "sequential", "tuning": {"epochs": 1, "tokens": 64},
     }  # fmt: skip
     path = tmp_path_factory.mktemp("recipe") / "quick.json"
     path.write_text(json.dumps(recipe))
@@ -97,7 +97,7 @@ def run_in_child(work: Callable[[], None]) -> int:
 
 @pytest.mark.timeout(300)
 def test_killed_at_random_moments(dense_folder, settings, tmp_path, monkeypatch):
-    """20 times kill -9, at reads, in GPTQ, at writes and renames; the same bytes each time."""
+    """20 times kill -9, at reads, in GPTQ, at writes, syncs and renames; the same bytes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     events: list[str] = []

@@ -53,8 +53,9 @@ def error_feedback(
             # Triangular system: with one column a division by the diagonal.
             error = missed @ metric if width == 2 else missed / factor[at, at]
             passed[:, at - first : at - first + width] = error
-            left[:, at + width : last] -= error @ factor[here, at + width : last]
-        left[:, last:] -= passed @ factor[first:last, last:]
+            # One kernel, not two: on a GPU the host's launches are what this loop waits for.
+            left[:, at + width : last].addmm_(error, factor[here, at + width : last], alpha=-1)
+        left[:, last:].addmm_(passed, factor[first:last, last:], alpha=-1)
     return state.with_changes(codes=codes)
 
 
@@ -90,7 +91,7 @@ def descend(
                     best, metric = dense[:, here] - slope[:, local] / own, None
                 chosen, values = chooser.choose(best, at, metric)
                 step = values - dense[:, here]
-                slope += step @ hessian[here, first:last]
+                slope.addmm_(step, hessian[here, first:last])
                 dense[:, here] = values
                 codes[:, here] = chosen
     return state.with_changes(codes=codes)
@@ -109,7 +110,8 @@ class _Chooser:
         quantizer: Quantizer = state.quantizer()
         self.table, self.bits = quantizer.table, quantizer.bits
         if self.width == 1:
-            self.ascending, self.order = self.table.sort(stable=True)
+            self.ascending, order = self.table.sort(stable=True)
+            self.order = order.to(torch.uint8)
             self.boundaries = (self.ascending[1:] + self.ascending[:-1]) / 2
 
     def choose(

@@ -66,16 +66,18 @@ class Tuning(BaseModel):
         table_rate: of table values, the largest of which begins near 1.
         epochs: how often each window is seen.
         tokens: of one step.
-        text: share of the text's own loss that is added to the KL divergence.
+        text: share of the text's own loss that is added to the KL divergence. A tenth costs no
+            divergence, more fits the model to the text: bundled model, 4 bits, 32 windows, KL
+            .0128 untuned and at 0.1, .0147 at 0.25, .0213 at 1 (with other rates).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rate: float = Field(default=2e-3, gt=0)
-    table_rate: float = Field(default=5e-4, gt=0)
+    rate: float = Field(default=3e-3, gt=0)
+    table_rate: float = Field(default=7.5e-4, gt=0)
     epochs: int = Field(default=4, ge=1)
-    tokens: int = Field(default=4096, ge=1)
-    text: float = Field(default=0.0, ge=0)
+    tokens: int = Field(default=2048, ge=1)
+    text: float = Field(default=0.1, ge=0)
 
 
 class Recipe(BaseModel):

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flute_vllm.checkpoint import Checkpoint
+from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec, unpack
 from flute_vllm.quantize.calibration import Windows
 from flute_vllm.quantize.plan import Plan
@@ -122,7 +125,7 @@ def tune_scales(
     """Tensors to replace in the output, by name, and what was measured.
 
     Nothing is replaced when no epoch lowers the loss of the held-out windows, or, with a WARNING,
-    when the device cannot hold the model: the output is then that of the steps of the recipe.
+    when the model cannot be loaded there: the output is then that of the steps of the recipe.
 
     Args:
         folder: the dense model.
@@ -135,10 +138,12 @@ def tune_scales(
     """
     from flute_vllm.evaluate import load_dense
 
+    checkpoint = Checkpoint(folder)
+    parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+    is_large = parameters > FLOAT32_PARAMETERS
+    dtype = torch.bfloat16 if is_large and device.type != "cpu" else torch.float32
     try:
-        stored = Checkpoint(folder).tensors.values()
-        is_large = sum(torch.Size(info.shape).numel() for info in stored) > FLOAT32_PARAMETERS
-        dtype = torch.bfloat16 if is_large and device.type != "cpu" else torch.float32
+        _check_room(parameters * dtype.itemsize, plan.weights, device)
         model = load_dense(folder, dtype).eval().requires_grad_(False).to(device)
         layers = _replace_linears(model, output, plan, device)
         if is_large and hasattr(model, "gradient_checkpointing_enable"):
@@ -148,13 +153,32 @@ def tune_scales(
                 for block in model.get_submodule(stack):
                     block.training = True
         return _Tuner(model, layers, windows, tuning, device).run(on_step)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, FluteError) as error:
+        # No reason to lose what hours of work gave: the output is complete without this.
+        why = error.why if isinstance(error, FluteError) else str(error).splitlines()[0]
         logger.warning(
-            "flute: scales and tables are not tuned for the whole model, %s cannot hold it (%s); "
-            "the checkpoint is what the steps of recipe %s give",
-            device, str(error).splitlines()[0], plan.recipe.name,
+            "flute: scales and tables are not tuned for the whole model on %s (%s); the "
+            "checkpoint is what the steps of recipe %s give",
+            device, why, plan.recipe.name,
         )  # fmt: skip
-        return {}, {"left_out": f"{device} cannot hold the model"}
+        return {}, {"left_out": why}
+
+
+def _check_room(model: int, codes: int, device: torch.device) -> None:
+    """Raises OutOfMemoryError before anything is read where the model cannot fit.
+
+    On its way to a GPU the model is in host memory, where too much of it would end the process
+    after hours of work.
+    """
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = {"the host": (model + (codes if device.type == "cpu" else 0), host)}
+    if device.type == "cuda":
+        needed[str(device)] = (model + codes, torch.cuda.mem_get_info(device)[0])
+    for place, (wanted, there) in needed.items():
+        if wanted > there:
+            raise torch.OutOfMemoryError(
+                f"weights and codes take {wanted:,} bytes, {place} has {there:,}"
+            )
 
 
 class _Tuner:
@@ -175,8 +199,8 @@ class _Tuner:
         tuning = self.tuning
         tables = {id(t): t for t in (layer.table for layer in self.layers.values())
                   if t.requires_grad}  # fmt: skip
-        rates = {tuning.rate: [layer.factors for layer in self.layers.values()]}
-        groups = [{"params": params, "lr": rate} for rate, params in rates.items()]
+        factors = [layer.factors for layer in self.layers.values()]
+        groups: list[dict[str, Any]] = [{"params": factors, "lr": tuning.rate}]
         if tables:
             groups.append({"params": list(tables.values()), "lr": tuning.table_rate})
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -185,9 +209,9 @@ class _Tuner:
         a_round = -(-len(self.training) // self.in_step)
         steps, step = a_round * tuning.epochs, 0
         kept: dict[str, torch.Tensor] = {}
-        losses = [self._judge()]
         # Kernels of fused attention add up their gradients in any order on a GPU.
         with sdpa_kernel(SDPBackend.MATH):
+            losses = [self._judge()]
             for _ in range(tuning.epochs):
                 shuffled = self.training[torch.randperm(len(self.training), generator=order)]
                 for ids in shuffled.split(self.in_step):
@@ -203,6 +227,9 @@ class _Tuner:
                     step += 1
                     on_step(step, steps, loss)
                 losses.append(self._judge())
+                if not math.isfinite(losses[-1]):
+                    losses.pop()
+                    break
                 if losses[-1] < min(losses[:-1]):
                     kept = self._tensors()
         return kept, {"heldout_loss": [float(f"{loss:.6g}") for loss in losses]}
@@ -249,6 +276,14 @@ def _replace_linears(
         for name, module in model.named_modules() if isinstance(module, nn.Linear)
         for stored in name_candidates(name, prefix) if stored in plan.specs
     }  # fmt: skip
+    lost = [module for module in plan.specs if module not in linears]
+    if lost:
+        raise FluteError(
+            "a module is not found", where=f"{type(model).__name__}: {lost[0]}",
+            why=f"{len(lost)} of {len(plan.specs)} quantized modules have another name in the "
+            f"model of transformers, the first is {lost[0]}",
+            fix="leave tuning out of the recipe",
+        )  # fmt: skip
     layers = {}
     for unit in plan.units:
         if not unit.groups:
