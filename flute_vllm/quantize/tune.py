@@ -173,6 +173,7 @@ def _check_room(model: int, codes: int, device: torch.device) -> None:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = {"the host": (model + (codes if device.type == "cpu" else 0), host)}
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the steps used is not free until torch gives it back
         needed[str(device)] = (model + codes, torch.cuda.mem_get_info(device)[0])
     for place, (wanted, there) in needed.items():
         if wanted > there:
