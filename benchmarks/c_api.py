@@ -34,6 +34,10 @@ class TileConfig(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "splits", "x_slots", "record_slots")]
 
 
+class Ahead(ctypes.Structure):
+    _fields_ = [("records", ctypes.c_void_p), ("total", ctypes.c_int64), ("bytes", ctypes.c_int64)]
+
+
 def open_library(path: str) -> ctypes.CDLL:
     """The kernels' C functions. The package's extension also needs torch, loaded before."""
     library = ctypes.CDLL(path)

@@ -11,6 +11,7 @@
 // is rounded after the table.
 #pragma once
 
+#include "ahead.cuh"
 #include "ring.cuh"
 
 namespace flute {
@@ -39,6 +40,7 @@ struct DecodeParams {
   int first_region, low_regions, high_region;  // regions below the table, then those behind it
   int first_block[FLUTE_MAX_PARTS + 1];        // of each part
   Parts parts;
+  Ahead ahead;
 };
 
 template <int Bits_, typename T_, int XTiles_, int Groups_>
@@ -311,6 +313,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       ring = done;
     }
   }
+
+  p.ahead.ask(blockIdx.x, gridDim.x, warp, Shape::kWarps, lane);
 
   // Sum over the warps that split k, in their order.
   __syncwarp();

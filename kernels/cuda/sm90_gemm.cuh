@@ -12,6 +12,7 @@
 // they split k. All sums are in a fixed order.
 #pragma once
 
+#include "ahead.cuh"
 #include "sm90_products.cuh"
 
 namespace flute {
@@ -50,6 +51,7 @@ struct Sm90Params {
   int high_region;                // behind x, from the start of shared memory
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
+  Ahead ahead;
 };
 
 template <typename Shape>
@@ -174,6 +176,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                  ((p.n | block.first_row | block.rows) & 1) == 0, lane);
     }
   }
+  p.ahead.ask(blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y, warp,
+              4 * Shape::kWarpgroups, lane);
   if (alone) return;
 
   // Sums of all warps. All of shared memory is free.

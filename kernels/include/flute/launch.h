@@ -54,6 +54,13 @@ typedef struct {
   // few; x_stages are halves of k tiles.
 } FluteSm90Config;
 
+// What a launch asks L2 to fetch as it ends: `bytes` of the `total` bytes of the records that are
+// read next, spread evenly over them. Only a hint, used by devices that have bulk copies.
+typedef struct {
+  const void* records;
+  int64_t total, bytes;
+} FluteAhead;
+
 // Words (int32) of the internal layout of a matrix.
 FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
 
@@ -66,14 +73,15 @@ FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, c
                                void* w, void* stream);
 
 // y [m, n] = x [m, k] * w^T, 1 <= m <= FLUTE_MAX_M. x must be 16-byte aligned and contiguous.
+// `ahead` (on the host) may be null.
 FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                            const void* x, const void* records, const void* table, void* y,
-                           void* stream);
+                           const FluteAhead* ahead, void* stream);
 
 // The same for any m, on compute capability 9.0.
 FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                               const void* x, const void* records, const void* table, void* y,
-                              void* stream);
+                              const FluteAhead* ahead, void* stream);
 
 FLUTE_API const char* flute_error_text(int error);
 
