@@ -121,6 +121,25 @@ def test_any_numbers_make_a_launch_or_none(layer, m, numbers):
     assert full is None or sm90.launch(problem, full, tuning.H200)
 
 
+@pytest.mark.parametrize("m", [16, 32])
+def test_candidates_hold_four_and_eight_warpgroups(m):
+    for n, k in ((6144, 4096), (2560, 8192), (57344, 8192), (512, 512)):
+        problem = sm90.Problem(n, k, m, 4, 128)
+        found = set(sm90.candidates(problem, tuning.H200))
+        assert {config.warpgroups for config in found} == {4, 8}
+        assert len(found) <= 150
+        for config in found:  # none of which half have nothing to do
+            assert config.warpgroups == 4 or 2 * math.ceil(config.row_tiles / 4) > config.row_groups
+
+
+def test_few_row_tiles_take_four_warpgroups_and_many_take_eight():
+    for m in (16, 32):
+        for n, k in ((6144, 4096), (4096, 4096), (2560, 8192), (8192, 2048)):
+            assert sm90.select(sm90.Problem(n, k, m, 4, 128), tuning.H200).warpgroups == 4
+        for n, k in ((57344, 8192), (28672, 4096), (10240, 8192)):
+            assert sm90.select(sm90.Problem(n, k, m, 4, 128), tuning.H200).warpgroups == 8
+
+
 @pytest.mark.parametrize("m", [129, 256, 512, 1000, 4096])
 def test_last_round_is_shared_only_where_each_tile_finds_a_cluster(m):
     problem = sm90.Problem(4096, 4096, m, 4, 128)

@@ -200,13 +200,21 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    for row_groups in (1, 2, 4, 8):
-                        warpgroups = WARPGROUPS[columns][0]
+                    for warpgroups, row_groups in _groups(columns, row_tiles):
                         config = Config(columns, warpgroups, row_tiles, row_groups, splits)
                         whole = config.k_groups == 1 and splits == 1
-                        if config.k_groups and (whole or row_tiles <= 4 * row_groups):
+                        if whole or row_tiles <= 4 * row_groups:
                             yield config
-        yield Config(columns, WARPGROUPS[columns][0], 4, WARPGROUPS[columns][0])  # always legal
+        yield Config(columns, 4, 4)  # always legal
+
+
+def _groups(columns: int, row_tiles: int) -> Iterator[tuple[int, int]]:
+    """Warpgroups and row groups worth a look: not eight of which half have no rows, as four do the
+    same sooner."""
+    for warpgroups, row_groups in itertools.product(WARPGROUPS[columns], (1, 2, 4, 8)):
+        idle = warpgroups == 8 and 2 * math.ceil(row_tiles / 4) <= row_groups
+        if row_groups <= warpgroups and not idle:
+            yield warpgroups, row_groups
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
@@ -223,14 +231,33 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = math.ceil(config.row_tiles / 4)  # of 64 rows
     rounds = math.ceil(tiles64 / config.row_groups)
-    # A 64 x 128 tile: measured where all warpgroups are busy, latency where few are.
-    busy = tiles64 * config.k_groups * k_each * (240 + 4 * config.columns)
-    alone = rounds * k_each * (700 + 4 * config.columns)
-    ends = 4500 + 12 * config.columns + 1500 * math.log2(config.splits)
-    ends += 300 * config.k_groups
+    tile, alone, ends = _warpgroup_clocks(config)
+    busy = tiles64 * config.k_groups * k_each * tile
+    alone *= rounds * k_each
+    ends += 1500 * math.log2(config.splits) + 300 * config.k_groups
     stored = problem.n * problem.k_tiles * problem.record_bytes / 16
     memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)
+
+
+def _warpgroup_clocks(config: Config) -> tuple[int, int, int]:
+    """Of a 64 x 128 tile where all warpgroups are busy; of a warpgroup's, where few are; of start
+    and end.
+
+    What tells four from eight are estimates, from M = 16 and 32 of twelve layers timed in two runs.
+    Busy, eight gain a tenth, but nothing where all of them split k, each with x of its own. With
+    four of the eight busy a launch took 0.5 to 1.5 us longer than with only four, which overlap the
+    halves of a tile.
+    """
+    tile, alone = 240 + 4 * config.columns, 700 + 4 * config.columns
+    ends = 4500 + 12 * config.columns
+    if config.warpgroups == 4 or config.row_groups == 1:
+        tile = max(tile, 325)  # with fewer columns four wait for one another
+    else:
+        tile = 230 + 3 * config.columns
+    if config.warpgroups == 8:
+        alone, ends = 1180 + 11 * config.columns, ends + 1000
+    return tile, alone, ends
 
 
 def select(problem: Problem, device: Device) -> Config:
