@@ -24,7 +24,7 @@ class DecodeConfig(ctypes.Structure):
 
 class Sm90Config(ctypes.Structure):
     FIELDS = (
-        *("columns", "rows", "row_tiles", "row_groups"),
+        *("columns", "warpgroups", "row_tiles", "row_groups"),
         *("splits", "stages", "x_stages", "overlap"),
     )
     _fields_ = [(name, ctypes.c_int32) for name in FIELDS]

@@ -64,7 +64,7 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
             columns = rng.choice(tuning.sm90.PREFILL_COLUMNS if prefill else tuning.sm90.COLUMNS)
             full = tuning.sm90.Config(
                 columns,
-                2 if prefill else 1,
+                2 if prefill else rng.choice(tuning.sm90.WARPGROUPS[columns]),
                 8 if prefill else rng.choice((1, 2, 3, 4, 6, 8, 9, 16, 23)),
                 2 if prefill else rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 4, 8)),
                 rng.choice((1, 2, 3, 4)), rng.choice((2, 3, 4, 6)), rng.choice((0, 0, 1, 4)),

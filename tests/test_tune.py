@@ -25,6 +25,8 @@ def test_candidates_are_legal_and_always_the_same(m):
     kernels = {entry.kernel for entry in found}
     assert (DECODE in kernels) == (m <= tuning.MAX_ROWS)
     assert (DENSE in kernels) == (m >= tune.DENSE_ROWS)
+    warpgroups = {sm90.Config(*entry.config).warpgroups for entry in found if entry.kernel == SM90}
+    assert warpgroups >= ({4, 8} if m == 16 else {4} if m <= 128 else {2})
     problem = sm90.Problem(4096, 4096, m, 4, 128)
     for entry in found:
         if entry.kernel == SM90:

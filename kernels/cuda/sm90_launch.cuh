@@ -98,22 +98,22 @@ int sm90_w4(FLUTE_SM90_ARGUMENTS);
 int sm90_w3(FLUTE_SM90_ARGUMENTS);
 int sm90_w2(FLUTE_SM90_ARGUMENTS);
 
-template <int Bits, typename T, int Columns, int Rows, int Groups>
+template <int Bits, typename T, int Columns, int Warpgroups, int Groups>
 int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
-  if constexpr (Columns >= 128 && Rows == 2)
+  if constexpr (Warpgroups == kPrefillGroups)
     return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
                                                                         records, table, y, stream);
   else
-    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups>>(matrix, config, m, x, records,
-                                                                  table, y, ahead, stream);
+    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Warpgroups, Groups>>(
+        matrix, config, m, x, records, table, y, ahead, stream);
 }
 
-template <int Bits, typename T, int Columns, int Rows>
+template <int Bits, typename T, int Columns, int Warpgroups>
 int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                                   \
-  case GROUPS:                                                                               \
-    return launch_sm90_kernel<Bits, T, Columns, Rows, GROUPS>(matrix, config, m, x, records, \
-                                                              table, y, ahead, stream)
+#define FLUTE_CASE(GROUPS)                                                                         \
+  case GROUPS:                                                                                     \
+    return launch_sm90_kernel<Bits, T, Columns, Warpgroups, GROUPS>(matrix, config, m, x, records, \
+                                                                    table, y, ahead, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
@@ -127,18 +127,18 @@ int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
 
 template <int Bits, typename T>
 int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(COLUMNS, ROWS)                                                              \
-  case COLUMNS * 8 + ROWS:                                                                     \
-    return launch_sm90_groups<Bits, T, COLUMNS, ROWS>(matrix, config, m, x, records, table, y, \
-                                                      ahead, stream)
-  switch (config.columns * 8 + config.rows) {
-    FLUTE_CASE(16, 1);
-    FLUTE_CASE(32, 1);
-    FLUTE_CASE(64, 1);
-    FLUTE_CASE(128, 1);
-    FLUTE_CASE(192, 2);
-    FLUTE_CASE(256, 2);
-  }
+#define FLUTE_CASE(COLUMNS, WARPGROUPS)                                                            \
+  if (config.columns == COLUMNS && config.warpgroups == WARPGROUPS)                                \
+  return launch_sm90_groups<Bits, T, COLUMNS, WARPGROUPS>(matrix, config, m, x, records, table, y, \
+                                                          stream)
+  FLUTE_CASE(16, 8);
+  FLUTE_CASE(16, 4);
+  FLUTE_CASE(32, 8);
+  FLUTE_CASE(32, 4);
+  FLUTE_CASE(64, 4);
+  FLUTE_CASE(128, 4);
+  FLUTE_CASE(192, 2);  // the prefill kernel
+  FLUTE_CASE(256, 2);
 #undef FLUTE_CASE
   return kBadConfig;
 }
