@@ -130,7 +130,7 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
 #define FLUTE_CASE(COLUMNS, WARPGROUPS)                                                            \
   if (config.columns == COLUMNS && config.warpgroups == WARPGROUPS)                                \
   return launch_sm90_groups<Bits, T, COLUMNS, WARPGROUPS>(matrix, config, m, x, records, table, y, \
-                                                          stream)
+                                                          ahead, stream)
   FLUTE_CASE(16, 8);
   FLUTE_CASE(16, 4);
   FLUTE_CASE(32, 8);
