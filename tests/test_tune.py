@@ -33,6 +33,24 @@ def test_candidates_are_legal_and_always_the_same(m):
             assert sm90.launch(problem, sm90.Config(*entry.config), tuning.H200)
 
 
+def test_few_rows_have_launches_of_the_decode_kernel_only():
+    found = tune.candidates(LAYER, tune.FEW_ROWS, tuning.H200, 50)
+    assert len(found) == len(set(found)) > 10
+    for entry in found:
+        config = tuning.Config(*entry.config)
+        assert entry.kernel == DECODE and config.overlap == 1
+        assert tuning.launch(tuning.Problem(4096, 4096, 8, 4, 128), config, tuning.H200)
+
+
+def test_an_entry_has_a_place_that_plans_read(tmp_path):
+    assert tune.place_of(LAYER, 1) == tune.place_of(LAYER, 8) == ("decode", "4096,4096,8,4")
+    assert tune.place_of(LAYER, 16) == ("sm90", "4096,4096,16,4")
+    table = json.loads((tuning.CONFIG_FOLDER / "h200.json").read_text())
+    for m in tune.TUNED_ROWS:
+        section, key = tune.place_of(LAYER, m)
+        assert key in table[section]
+
+
 def test_a_dense_weight_that_takes_too_much_memory_is_no_candidate():
     big = LinearLayer("gate_up_proj", (57344,), 8192, LayerSpec(4, 128))
     found = tune.candidates(big, 4096, tuning.H200, 10)

@@ -68,7 +68,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.row_groups_log2 = log2_of(groups),
   params.k_groups_log2 = log2_of(Shape::kWarpgroups / groups);
   params.splits_log2 = log2_of(splits);
-  params.row_tiles_inverse = ceil_div(1 << 16, config.row_tiles);
+  params.row_tiles_inverse = inverse_of(config.row_tiles);
   params.stages = config.stages;
   params.early = config.overlap < config.stages ? config.overlap : config.stages;
   params.x_stages = config.x_stages;
