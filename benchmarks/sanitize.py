@@ -246,7 +246,10 @@ def main() -> int:
         if done % 10 == 0 or done == len(wanted):  # whoever ends this early keeps what there is
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     for tool, summary in result["tools"].items():
-        print(tool, json.dumps({k: v for k, v in summary.items() if k != "command"}), flush=True)
+        told = {k: v for k, v in summary.items() if k not in ("command", "failures")}
+        print(tool, json.dumps(told))
+        for failure in summary["failures"][:5]:
+            print(" ", json.dumps(failure), flush=True)
     clean = all(
         s["cases"] and not (s["not_run"] or s["errors"] or s["failed_cases"])
         for s in result["tools"].values()
