@@ -95,8 +95,9 @@ inline int map_rows(CUtensorMap* map, const void* x, int m, int k, int dtype, in
 // `blocks` of a launch, on a device that runs one on each multiprocessor at a time.
 inline Ahead make_ahead(const FluteAhead* ahead, int blocks, int multiprocessors) {
   Ahead made{};
-  if (ahead == nullptr || ahead->records == nullptr || ahead->bytes < kAheadChunk) return made;
+  if (ahead == nullptr || ahead->records == nullptr) return made;
   const int64_t bytes = ahead->bytes < ahead->total ? ahead->bytes : ahead->total;
+  if (bytes < kAheadChunk) return made;  // so the stride below is a chunk or more
   made.from = static_cast<const uint8_t*>(ahead->records);
   made.chunks = static_cast<uint32_t>(bytes / kAheadChunk);
   made.stride = static_cast<uint32_t>(ahead->total / made.chunks) & ~15u;
