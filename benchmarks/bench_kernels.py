@@ -7,8 +7,8 @@ Microseconds per call, median over replays of a CUDA graph that holds the calls 
 weights rotating over more than 280 MB so that L2 holds none; peers (``flute_vllm/tools/``)
 are timed on the same shapes in the same process. Ours thrice: one launch after another (``us``),
 with programmatic dependent launch (``us_overlap``), and as the plugin launches (``us_plugin``),
-where each launch also asks L2 for the beginning of the next copy's weights. ``floor`` is bytes / measured read bandwidth.
-``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul on the
+where each launch also asks L2 for some of the next copy's weights. ``floor`` is bytes / measured
+read bandwidth. ``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul on the
 dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries several
 configurations of the decode kernel and writes the best to ``--tuning``.
 """
@@ -223,7 +223,8 @@ def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict
             reasons[name] = peer_library.describe(error)
             torch.cuda.synchronize()  # ends the run here if the device is lost
     return row | {
-        "us": us, "us_overlap": overlapped, "us_plugin": as_plugin, "floor_us": floor, "target_us": floor / 0.88 + 2.5,
+        "us": us, "us_overlap": overlapped, "us_plugin": as_plugin, "floor_us": floor,
+        "target_us": floor / 0.88 + 2.5,
         "kernel": tuning.KERNEL_NAMES[entry.kernel], "config": entry.config[:-1],
         "peers": times, "peers_missing": reasons,
     }  # fmt: skip
@@ -243,7 +244,8 @@ def _pair(case: Case) -> bool:
 
 
 def missing_row(head: dict, reason: str) -> dict:
-    nothing = dict.fromkeys(("us", "us_overlap", "us_plugin", "bytes", "error", "dense_error", "floor_us"))
+    fields = ("us", "us_overlap", "us_plugin", "bytes", "error", "dense_error", "floor_us")
+    nothing = dict.fromkeys(fields)
     return head | nothing | {
         "target_us": None, "kernel": None, "config": None, "peers": {}, "missing": reason,
     }  # fmt: skip

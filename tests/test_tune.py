@@ -38,7 +38,7 @@ def test_few_rows_have_launches_of_the_decode_kernel_only():
     assert len(found) == len(set(found)) > 10
     for entry in found:
         config = tuning.Config(*entry.config)
-        assert entry.kernel == DECODE and config.overlap == 1
+        assert (entry.kernel, config.overlap) == (DECODE, 1)
         assert tuning.launch(tuning.Problem(4096, 4096, 8, 4, 128), config, tuning.H200)
 
 
