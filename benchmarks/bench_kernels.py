@@ -8,9 +8,9 @@ weights rotating over more than 280 MB so that L2 holds none; peers (``flute_vll
 are timed on the same shapes in the same process. Ours thrice: one launch after another (``us``),
 with programmatic dependent launch (``us_overlap``), and as the plugin launches (``us_plugin``),
 where each launch also asks L2 for some of the next copy's weights. ``floor`` is bytes / measured
-read bandwidth. ``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul on the
-dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries several
-configurations of the decode kernel and writes the best to ``--tuning``.
+read bandwidth. ``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul
+on the dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries
+several configurations of the decode kernel and writes the best to ``--tuning``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from fake_vllm import fake_rank, finish, load, make_layer  # noqa: E402
 
 from flute_vllm.plugin import register  # noqa: E402
 from flute_vllm.plugin.config import FluteConfig  # noqa: E402
-from flute_vllm.plugin.order import LayerOrder  # noqa: E402
+from flute_vllm.plugin.order import LayerOrder, next_weight  # noqa: E402
 
 NATIVE = {
     "quant_method": "flute", "format_version": 1, "bits": 4, "group_size": 32,
@@ -245,20 +246,24 @@ class Finished(torch.nn.Module):
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
-        self.flute_next = None
+        self.flute_order, self.flute_place = None, 0
         self.qweight = torch.nn.Parameter(
             torch.zeros(4, dtype=torch.int32, device=device), requires_grad=False
         )
 
 
+def is_next(layer: torch.nn.Module, other: torch.nn.Module | None) -> bool:
+    return next_weight(layer) is (None if other is None else other.qweight)
+
+
 def test_layers_are_linked_in_the_order_of_finishing():
     order, layers = LayerOrder(), [Finished() for _ in range(3)]
-    assert [layer.flute_next for layer in layers] == [None] * 3
+    assert all(is_next(layer, None) for layer in layers)
     for at in (1, 0, 2):
         order.append(layers[at])
-    assert layers[1].flute_next == (layers[0],)
-    assert layers[0].flute_next == (layers[2],)
-    assert layers[2].flute_next == ()
+    assert is_next(layers[1], layers[0])
+    assert is_next(layers[0], layers[2])
+    assert is_next(layers[2], None)
     # Not a part of the layer: it is neither saved nor moved with it.
     assert list(layers[1].modules()) == [layers[1]]
     assert list(layers[1].state_dict()) == ["qweight"]
@@ -271,42 +276,67 @@ def test_a_reload_keeps_the_places_and_finds_the_new_weights():
     for layer in reversed(layers):  # in any order, or only some
         layer.qweight = torch.nn.Parameter(torch.ones(4, dtype=torch.int32), requires_grad=False)
         order.append(layer)
-    assert [layer.flute_next for layer in layers] == [(layers[1],), (layers[2],), ()]
-    assert layers[0].flute_next[0].qweight.sum() == 4
     late = Finished()  # behind the last that came for the first time
     order.append(late)
-    assert layers[2].flute_next == (late,)
-    assert layers[0].flute_next == (layers[1],)
+    for layer, behind in zip(layers, [*layers[1:], late], strict=True):
+        assert is_next(layer, behind)
+    assert next_weight(layers[0]).sum() == 4
 
 
 def test_layers_of_two_devices_are_not_linked():
     order, here, there, there_too = LayerOrder(), Finished(), Finished("meta"), Finished("meta")
     for layer in (here, there, there_too):
         order.append(layer)
-    assert here.flute_next == ()
-    assert there.flute_next == (there_too,)
+    assert is_next(here, None)
+    assert is_next(there, there_too)
 
 
-def test_a_layer_that_is_gone_is_not_held():
-    order, layer = LayerOrder(), Finished()
-    order.append(layer)
-    gone = weakref.ref(layer)
-    del layer
-    assert gone() is None
+def test_the_layers_of_a_model_that_is_gone_are_not_held():
+    order, layers = LayerOrder(), [Finished(), Finished()]
+    for layer in layers:
+        order.append(layer)
+    gone = [weakref.ref(layer) for layer in layers]
+    del layer, layers
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
     late = Finished()
     order.append(late)
-    assert late.flute_next == ()
+    assert late.flute_order == [late]
 
 
 def test_copies_of_a_config_know_no_layers():
     config, layer = native_config(), Finished()
     config.order.append(layer)
-    for clone in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
-        is_shared = clone.order is config.order  # only by a copy within the process
-        late = Finished()
-        clone.order.append(late)
-        assert layer.flute_next == ((late,) if is_shared else ())
-    assert copy.deepcopy(config).order is not config.order
+    for clone in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert clone.order is not config.order
+        clone.order.append(Finished())
+        assert is_next(layer, None)
+
+
+def test_a_model_of_many_layers_compiles(monkeypatch):
+    """320 layers of a 70B model: a link from each to the next was too deep for torch.compile."""
+    config = native_config()
+    layers = [column_layer(config, f"{LAYER}.mlp.up_proj{i}") for i in range(320)]
+    matrix = random_matrix(8, 64, LayerSpec(4, 32), seed=0)
+    for layer in layers:
+        load(layer, matrix)
+        finish(layer)
+        layer.flute_plan = tuning.plan(8, 64, 4, 32, (8,), tuning.H200)
+        config.order.append(layer)
+    # Without the recorders of other tests, as the plugin's layers call it.
+    model = torch.nn.ModuleList(layers)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        total = x.new_zeros(len(x), 8)
+        for layer in model:
+            total = total + layer.quant_method.apply(layer, x)
+        return total
+
+    x = torch.randn(3, 64)
+    torch._dynamo.reset()
+    found = torch.compile(forward, backend="eager", fullgraph=True)(x)
+    expected = 320 * torch.nn.functional.linear(x, rank_weight(layers[0]).float())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_one_order_serves_all_layers_of_a_config():
@@ -317,7 +347,7 @@ def test_one_order_serves_all_layers_of_a_config():
         load(layer, random_matrix(8, 64, LayerSpec(4, 32), seed=0))
         finish(layer)
     # Only the GPU kernels ask ahead: layers without a plan have no place.
-    assert [layer.flute_next for layer in layers] == [None, None]
+    assert [layer.flute_order for layer in layers] == [None, None]
 
 
 def test_a_call_passes_the_weights_of_the_next_layer(monkeypatch):

@@ -24,7 +24,7 @@ from vllm.model_executor.utils import replace_parameter
 from flute_vllm import ops, tuning
 from flute_vllm.errors import FluteError
 from flute_vllm.format import PER_ROW, TENSOR_NAMES, UNIT, LayerSpec
-from flute_vllm.plugin.order import LayerOrder
+from flute_vllm.plugin.order import LayerOrder, next_weight
 from flute_vllm.plugin.tracking import (
     LoadAccount,
     check_finite,
@@ -83,7 +83,7 @@ class FluteLinearMethod(LinearMethodBase):
         layer.flute_dtype = dtype  # of activations
         layer.flute_plan = []  # launches of the GPU kernels, once the weights are there
         layer.flute_plan_parts = None  # the same, to look up one
-        layer.flute_next = None  # plugin/order.py
+        layer.flute_order, layer.flute_place = None, 0  # plugin/order.py
 
     def make_parameters(
         self,
@@ -209,7 +209,7 @@ class FluteLinearMethod(LinearMethodBase):
         # A graph serves any number of rows, so the op looks its entry up; an eager call does here.
         if plan and not torch.compiler.is_compiling():
             plan = tuning.single(layer.flute_plan_parts, x.numel() // layer.flute_in_features)
-        following = layer.flute_next[0].qweight if plan and layer.flute_next else None
+        following = next_weight(layer) if plan else None
         y = torch.ops.flute.gemm(
             x, layer.qweight, layer.scales, layer.table, layer.flute_parts,
             self.spec.bits, self.spec.group_size, plan, following, self.ahead_bytes,

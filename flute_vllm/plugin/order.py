@@ -13,14 +13,16 @@ import torch
 
 
 class LayerOrder:
-    """The layers of one model on one device, linked as they are finished.
+    """The layers of one model on one device, in the order in which they are finished.
 
-    A layer's ``flute_next``, None before, becomes a tuple of the layer behind it, empty for the
-    last: modules, not tensors, so that weights that are loaded anew are found; a tuple, or torch
-    would take the next layer for a part of this one.
+    A layer's ``flute_order`` is the list that it shares with all of them, ``flute_place`` its index
+    there. Modules, not tensors, so that weights that are loaded anew are found. A list for all, not
+    a link from each to the next: torch.compile follows such a chain to its end and gave up at the
+    320 layers of a 70B model.
     """
 
     def __init__(self) -> None:
+        # Weak: a config must not keep the weights of a model that is gone.
         self._last: weakref.ref[torch.nn.Module] | None = None
 
     def __reduce__(self):
@@ -28,10 +30,20 @@ class LayerOrder:
 
     def append(self, layer: torch.nn.Module) -> None:
         """Puts a layer behind those so far; one that has its place keeps it."""
-        if layer.flute_next is not None:
+        if layer.flute_order is not None:
             return
-        layer.flute_next = ()
         last = None if self._last is None else self._last()
-        if last is not None and last.qweight.device == layer.qweight.device:
-            last.flute_next = (layer,)
+        if last is None or last.qweight.device != layer.qweight.device:
+            layer.flute_order = []
+        else:
+            layer.flute_order = last.flute_order
+        layer.flute_place = len(layer.flute_order)
+        layer.flute_order.append(layer)
         self._last = weakref.ref(layer)
+
+
+def next_weight(layer: torch.nn.Module) -> torch.Tensor | None:
+    """``qweight`` of the layer behind this one, None for the last."""
+    if layer.flute_order is None or layer.flute_place + 1 == len(layer.flute_order):
+        return None
+    return layer.flute_order[layer.flute_place + 1].qweight
