@@ -5,10 +5,12 @@
 
 Microseconds per call, median over replays of a CUDA graph that holds the calls back to back, with
 weights rotating over more than 280 MB so that L2 holds none; peers (``flute_vllm/tools/``)
-are timed on the same shapes in the same process. ``floor`` is bytes / measured read bandwidth.
-``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul on the
-dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries several
-configurations of the decode kernel and writes the best to ``--tuning``.
+are timed on the same shapes in the same process. Ours thrice: one launch after another (``us``),
+with programmatic dependent launch (``us_overlap``), and as the plugin launches (``us_plugin``),
+where each launch also asks L2 for some of the next copy's weights. ``floor`` is bytes / measured
+read bandwidth. ``error`` and ``dense_error`` are relative errors of our kernel and of torch.matmul
+on the dequantized weight, both against a float64 product with the exact weight. ``--sweep`` tries
+several configurations of the decode kernel and writes the best to ``--tuning``.
 """
 
 from __future__ import annotations
@@ -169,10 +171,15 @@ def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
 
 
 def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: float, arguments):
-    """(microseconds, microseconds with overlap or None, entry): the best of a sweep."""
+    """(microseconds, with overlap, as the plugin launches, entry): the best of a sweep.
+
+    The two in the middle are None for a kernel that has no overlap.
+    """
     m = x.shape[0]
 
-    def timed(entry: tuning.Entry, overlap: int) -> float:
+    def timed(entry: tuning.Entry, overlap: int, ahead: int = 0) -> float:
+        for layer, after in zip(case.copies, [*case.copies[1:], case.copies[0]], strict=True):
+            layer.next, layer.next_bytes = after.records, ahead
         if entry.kernel in (tuning.DECODE, tuning.SM90):
             entry = replace(entry, config=(*entry.config[:-1], overlap))
         run = replace(ours, entry=entry)
@@ -187,10 +194,11 @@ def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: f
         found = sweep_candidates(problem, ours.gpu, arguments.sweep)
     plain, entry = min(((timed(entry, 0), entry) for entry in found), key=lambda p: p[0])
     if entry.kernel not in (tuning.DECODE, tuning.SM90):
-        return plain, None, entry
+        return plain, None, None, entry
     # The plugin's 1: the next launch starts early. More: it may also fetch weights.
     early = (1, entry.config[3]) if entry.kernel == tuning.DECODE else (1,)
-    return plain, min(timed(entry, overlap) for overlap in early), entry
+    overlapped = min(timed(entry, overlap) for overlap in early)
+    return plain, overlapped, timed(entry, 1, tuning.AHEAD_BYTES), entry
 
 
 def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict:
@@ -206,7 +214,7 @@ def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict
         "us": None, "bytes": moved, "error": relative_error(y, x, case.exact),
         "dense_error": relative_error(torch.matmul(x, case.dense.t()), x, case.exact),
     }  # fmt: skip
-    us, overlapped, entry = time_ours(ours, case, x, y, floor, arguments)
+    us, overlapped, as_plugin, entry = time_ours(ours, case, x, y, floor, arguments)
     times, reasons = {}, dict(case.reasons)
     for name, functions in case.peers.items():
         try:
@@ -215,7 +223,8 @@ def measure(ours: Ours, case: Case, m: int, read_tbps: float, arguments) -> dict
             reasons[name] = peer_library.describe(error)
             torch.cuda.synchronize()  # ends the run here if the device is lost
     return row | {
-        "us": us, "us_overlap": overlapped, "floor_us": floor, "target_us": floor / 0.88 + 2.5,
+        "us": us, "us_overlap": overlapped, "us_plugin": as_plugin, "floor_us": floor,
+        "target_us": floor / 0.88 + 2.5,
         "kernel": tuning.KERNEL_NAMES[entry.kernel], "config": entry.config[:-1],
         "peers": times, "peers_missing": reasons,
     }  # fmt: skip
@@ -235,7 +244,8 @@ def _pair(case: Case) -> bool:
 
 
 def missing_row(head: dict, reason: str) -> dict:
-    nothing = dict.fromkeys(("us", "us_overlap", "bytes", "error", "dense_error", "floor_us"))
+    fields = ("us", "us_overlap", "us_plugin", "bytes", "error", "dense_error", "floor_us")
+    nothing = dict.fromkeys(fields)
     return head | nothing | {
         "target_us": None, "kernel": None, "config": None, "peers": {}, "missing": reason,
     }  # fmt: skip
@@ -264,6 +274,7 @@ def bench(ours: Ours, others: dict, arguments, budget: Budget, read_tbps: float,
 
 def _line(row: dict, budget: Budget) -> str:
     overlap = "" if row["us_overlap"] is None else f"overlap {row['us_overlap']:7.1f} "
+    overlap += "" if row["us_plugin"] is None else f"plugin {row['us_plugin']:7.1f} "
     times = " ".join(f"{name} {us:.1f}" for name, us in row["peers"].items())
     return (
         f"{budget.spent():5.0f}s {row['family']:8}{row['layer']:8} W{row['bits']}"

@@ -24,7 +24,7 @@ class DecodeConfig(ctypes.Structure):
 
 class Sm90Config(ctypes.Structure):
     FIELDS = (
-        *("columns", "rows", "row_tiles", "row_groups"),
+        *("columns", "warpgroups", "row_tiles", "row_groups"),
         *("splits", "stages", "x_stages", "overlap"),
     )
     _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
@@ -32,6 +32,10 @@ class Sm90Config(ctypes.Structure):
 
 class TileConfig(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("tokens", "splits", "x_slots", "record_slots")]
+
+
+class Ahead(ctypes.Structure):
+    _fields_ = [("records", ctypes.c_void_p), ("total", ctypes.c_int64), ("bytes", ctypes.c_int64)]
 
 
 def open_library(path: str) -> ctypes.CDLL:

@@ -55,7 +55,7 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
         if kernel == tuning.DECODE:
             splits = (1, 2, 4, 8) if gpu.capability >= 90 else (1,)
             config = tuning.Config(
-                rng.choice((1, 2, 3, 5, 7, 8, 14)), rng.choice((1, 2, 4, 8, 16)),
+                rng.choice((1, 2, 3, 5, 7, 8, 14, 31, 60, 120)), rng.choice((1, 2, 4, 8, 16)),
                 rng.choice(splits), rng.choice((0, 2, 3, 6)), rng.choice((0, 0, 1, 4)),
             )  # fmt: skip
             full = tuning.complete(tuning.Problem(*problem), config, gpu)
@@ -64,7 +64,7 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
             columns = rng.choice(tuning.sm90.PREFILL_COLUMNS if prefill else tuning.sm90.COLUMNS)
             full = tuning.sm90.Config(
                 columns,
-                2 if prefill else 1,
+                2 if prefill else rng.choice(tuning.sm90.WARPGROUPS[columns]),
                 8 if prefill else rng.choice((1, 2, 3, 4, 6, 8, 9, 16, 23)),
                 2 if prefill else rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 4, 8)),
                 rng.choice((1, 2, 3, 4)), rng.choice((2, 3, 4, 6)), rng.choice((0, 0, 1, 4)),

@@ -10,7 +10,7 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
-from c_api import MAX_PARTS, DecodeConfig, Matrix, Sm90Config, TileConfig, open_library
+from c_api import MAX_PARTS, Ahead, DecodeConfig, Matrix, Sm90Config, TileConfig, open_library
 
 from flute_vllm import format as flute_format
 from flute_vllm import tuning
@@ -29,6 +29,15 @@ class Layer:
     scales: torch.Tensor
     table: torch.Tensor  # [parts, ...]
     records: torch.Tensor
+    next: torch.Tensor | None = None  # records of the layer that runs after this one
+    next_bytes: int = 0  # of them, asked for ahead
+
+    def ahead(self) -> ctypes.c_void_p:
+        """For the kernels' argument of that name; it lives as long as the layer."""
+        if self.next is None or not self.next_bytes:
+            return ctypes.c_void_p(None)
+        self._ahead = Ahead(self.next.data_ptr(), self.next.numel() * 4, self.next_bytes)
+        return ctypes.cast(ctypes.pointer(self._ahead), ctypes.c_void_p)
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         sizes = self.matrix.part_rows[: self.matrix.parts]
@@ -111,7 +120,7 @@ class Library:
             config.row_tiles, config.row_warps, config.splits, config.slots, config.overlap
         )
         records = layer.records if records is None else records
-        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y)
+        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, layer.ahead())
         self._call(self.c.flute_decode, layer.matrix, *arguments)
         return y
 
@@ -124,7 +133,8 @@ class Library:
         records: torch.Tensor | None = None,
     ) -> torch.Tensor:
         records = layer.records if records is None else records
-        arguments = (ctypes.byref(Sm90Config(*config)), x.shape[0], x, records, layer.table, y)
+        c = Sm90Config(*config)
+        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, layer.ahead())
         self._call(self.c.flute_sm90_gemm, layer.matrix, *arguments)
         return y
 

@@ -1,28 +1,32 @@
 """compute-sanitizer over our CUDA kernels, one launch configuration in each process.
 
     python benchmarks/sanitize.py LIBRARY [--tools memcheck,racecheck,synccheck,initcheck]
-        [--jobs 12] [--budget-s 480] [--out benchmarks/results/h200/sanitizer.json]
+        [--jobs 12] [--budget-s 420] [--out benchmarks/results/h200/sanitizer.json]
 
 On long runs racecheck and synccheck overflow their table of barriers and then report hazards that
 are not there, so every case starts afresh (``sanitize_case.py``) and says how many barriers a block
-has. LIBRARY is ``nvcc -shared`` of kernels/cuda/*.cu, without torch. Cases that the budget leaves
-out are counted as not run. Exit code 1 unless every case ran and no tool found an error.
+has. LIBRARY is ``nvcc -shared`` of kernels/cuda/*.cu, without torch. The cases come in order of
+importance, each under all tools before the next: the first ones reach every kernel, and what
+the budget leaves out is counted as not run. Exit code 1 unless every case ran and no tool found an
+error.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -30,16 +34,17 @@ from sanitize_case import NAN_LEFT, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from flute_vllm import tuning  # noqa: E402
+from sanitize_cases import barriers, cases  # noqa: E402
+
 from flute_vllm.errors import FluteError  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = 86  # exit code that the tool gives when it has found something
-BARRIERS = tuning.WARPS * (tuning.MAX_SLOTS + 1)
 FIRST_PORT, PORTS = 41000, 8  # runs side by side must not share the ports of the tool
 DOUBTS = ("might be incorrect", "Internal Sanitizer Error", "Target application terminated")
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards?)")
-GROUPS = ((32, 1056), (64, 1088), (128, 1152), (256, 2304), (-1, 416))
+REFUSED = "Device not supported"  # by the tool, on some virtual machines
+CASE_SECONDS = 120  # a launch that takes longer hangs
 
 
 @dataclass(frozen=True)
@@ -49,35 +54,7 @@ class Outcome:
     case: Case
     errors: int | None
     text: str  # empty when the run was clean
-
-
-def cases() -> Iterator[Case]:
-    """All widths, groups, dtypes and kinds of table once, and every way to cut a launch."""
-    dtypes = itertools.cycle(("bfloat16", "float16"))
-    parts = itertools.cycle(((), (37, 63), (24,), (40, 16, 44)))
-    rows = itertools.cycle((1, 16, 32, 8, 13, 31))
-    for bits, (group, k), pair in itertools.product((4, 3, 2), GROUPS, (False, True)):
-        sizes = next(parts)
-        n = sum(sizes) or 333
-        case = Case("decode", n, k, bits, group, next(dtypes), pair, sizes, next(rows))
-        yield replace(case, config=astuple(select(case)))
-        if not pair:
-            yield replace(case, kind="dequantize", config=())
-    for splits, m, overlap in itertools.product((1, 2, 4, 8), (1, 8, 16, 32), (0, 1)):
-        case = Case("decode", 256, 4096, 4, 128, m=m, launches=3 if overlap else 1)
-        for row_tiles, row_warps in ((2, 1), (4, 4)):
-            wish = tuning.Config(row_tiles, row_warps, splits, 0)
-            full = tuning.complete(problem(case), wish, tuning.H200)
-            if full is not None:
-                yield replace(case, config=astuple(replace(full, overlap=overlap)))
-
-
-def problem(case: Case) -> tuning.Problem:
-    return tuning.Problem(case.n, case.k, case.m, case.bits, case.group_size, case.parts)
-
-
-def select(case: Case) -> tuning.Config:
-    return tuning.select(problem(case), tuning.H200, environment={})
+    seconds: float = field(default=0, compare=False)
 
 
 def find_sanitizer() -> str:
@@ -102,7 +79,7 @@ def judge(case: Case, code: int, output: str) -> Outcome:
     errors = read_summary(output)
     doubt = next((line.strip() for line in output.splitlines() if _is_doubt(line)), "")
     if code == NAN_LEFT:
-        return Outcome(case, errors, "an output was not written")
+        return Outcome(case, errors, "an output is NaN: not written, or computed so")
     if errors == 0 and code == 0 and not doubt:
         return Outcome(case, 0, "")
     shown = doubt or next(
@@ -121,7 +98,8 @@ class Runner:
 
     def __init__(self, library: str, sanitizer: str, jobs: int, deadline: float) -> None:
         self.library, self.sanitizer, self.jobs = library, sanitizer, jobs
-        self.deadline = deadline
+        self.deadline, self.case_seconds = deadline, CASE_SECONDS
+        self.refusal = ""  # what the tool said if it cannot reach the GPU
         help_text = subprocess.run(
             [sanitizer, "--help"], capture_output=True, text=True, check=False
         ).stdout
@@ -132,8 +110,8 @@ class Runner:
 
     def command(self, tool: str, case: Case, port: int) -> list[str]:
         options = ["--port", str(port), "--max-connections", str(PORTS)]
-        if self.takes_barriers and tool in ("racecheck", "synccheck"):
-            options += ["--num-cuda-barriers", str(BARRIERS)]
+        if self.takes_barriers and tool in ("racecheck", "synccheck") and barriers(case):
+            options += ["--num-cuda-barriers", str(barriers(case))]
         script = str(Path(__file__).with_name("sanitize_case.py"))
         return [
             self.sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *options,
@@ -142,44 +120,84 @@ class Runner:
 
     def run(self, tool: str, case: Case) -> Outcome | None:
         """None when the time is over."""
-        left = self.deadline - time.monotonic()
-        if left < 5:
+        start = time.monotonic()
+        limit = min(self.deadline - start, self.case_seconds)
+        if self.deadline - start < 5:
             return None
         port = self.ports.get()
         try:
-            done = subprocess.run(
-                self.command(tool, case, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, timeout=left, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return None
+            code, output = run_group(self.command(tool, case, port), limit)
         finally:
             self.ports.put(port)
-        return judge(case, done.returncode, done.stdout)
+        if code is None:
+            late = time.monotonic() >= self.deadline
+            return None if late else Outcome(case, None, f"no end after {limit:.0f} s", limit)
+        if REFUSED in output:
+            self.deadline, self.refusal = 0, output
+        return replace(judge(case, code, output), seconds=time.monotonic() - start)
 
-    def run_tool(self, tool: str, wanted: list[Case]) -> dict:
-        start = time.monotonic()
+    def run_all(self, tools: list[str], wanted: list[Case]) -> Iterator[dict[str, dict]]:
+        """What is known after each case, by tool; a case runs under all tools before the next."""
+        records = {tool: Record(" ".join(self.command(tool, wanted[0], FIRST_PORT)[:-1]))
+                   for tool in tools}  # fmt: skip
+        pairs = [(tool, case) for case in wanted for tool in tools]
         with ThreadPoolExecutor(self.jobs) as pool:
-            outcomes = list(pool.map(lambda case: self.run(tool, case), wanted))
-        ran = [outcome for outcome in outcomes if outcome is not None]
-        bad = [outcome for outcome in ran if outcome.text]
+            outcomes = pool.map(lambda pair: self.run(*pair), pairs)
+            for (tool, case), outcome in zip(pairs, outcomes, strict=True):
+                records[tool].add(case, outcome)
+                if tool == tools[-1]:
+                    yield {tool: record.summary() for tool, record in records.items()}
+        if self.refusal:
+            raise FluteError(
+                "cannot check the kernels", where=self.sanitizer, why=self.refusal.strip()[-300:],
+                fix="use a machine whose GPU the tool reaches; some virtual machines hide it",
+            )  # fmt: skip
+
+
+def run_group(command: list[str], limit: float) -> tuple[int | None, str]:
+    """Exit code, None past the limit, and output; ends the tool's child with the tool."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None, ""
+    return process.returncode, output
+
+
+@dataclass
+class Record:
+    """One tool's outcomes."""
+
+    command: str
+    ran: list[Outcome] = field(default_factory=list)
+    left_out: list[Case] = field(default_factory=list)
+
+    def add(self, case: Case, outcome: Outcome | None) -> None:
+        if outcome is None:
+            self.left_out.append(case)
+        else:
+            self.ran.append(outcome)
+
+    def summary(self) -> dict:
+        bad = [outcome for outcome in self.ran if outcome.text]
         return {
-            "cases": len(ran), "not_run": len(wanted) - len(ran),
-            "errors": sum(outcome.errors or 0 for outcome in ran), "failed_cases": len(bad),
-            "seconds": round(time.monotonic() - start, 1),
-            "command": " ".join(self.command(tool, wanted[0], FIRST_PORT)[:-1]) + " CASE",
+            "cases": len(self.ran), "not_run": len(self.left_out),
+            "errors": sum(outcome.errors or 0 for outcome in self.ran), "failed_cases": len(bad),
+            "cases_of_kernel": Counter(outcome.case.kind for outcome in self.ran),
+            "not_run_of_kernel": Counter(case.kind for case in self.left_out),
+            "slowest_s": round(max((outcome.seconds for outcome in self.ran), default=0), 1),
+            "command": f"{self.command} CASE",
             "failures": [
                 {"case": json.loads(o.case.text()), "errors": o.errors, "text": o.text}
                 for o in bad[:20]
             ],
         }  # fmt: skip
-
-
-def spread(items: list[Case], count: int) -> list[Case]:
-    """``count`` of the items, evenly from all of the list."""
-    if count <= 0 or count >= len(items):
-        return items
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def parse() -> argparse.Namespace:
@@ -189,8 +207,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("library")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 4))
-    parser.add_argument("--budget-s", type=float, default=480)
-    parser.add_argument("--cases", type=int, default=0, help="only so many, spread; 0: all")
+    parser.add_argument("--budget-s", type=float, default=420)
+    parser.add_argument("--cases", type=int, default=0, help="only the first so many; 0: all")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/h200/sanitizer.json")
     return parser.parse_args()
@@ -219,12 +237,19 @@ def main() -> int:
         "commit": arguments.commit or head.stdout.strip(),
         "command": "python " + " ".join(sys.argv), "tools": {},
     }  # fmt: skip
-    wanted = spread(list(cases()), arguments.cases)
-    for tool in arguments.tools.split(","):
-        result["tools"][tool] = summary = runner.run_tool(tool, wanted)
-        print(tool, json.dumps({k: v for k, v in summary.items() if k != "command"}), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    tools = arguments.tools.split(",")
+    wanted = list(cases())[: arguments.cases or None]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for done, summaries in enumerate(runner.run_all(tools, wanted), start=1):
+        result["tools"] = summaries
+        result["seconds"] = round(time.monotonic() - start, 1)
+        if done % 10 == 0 or done == len(wanted):  # whoever ends this early keeps what there is
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for tool, summary in result["tools"].items():
+        told = {k: v for k, v in summary.items() if k not in ("command", "failures")}
+        print(tool, json.dumps(told))
+        for failure in summary["failures"][:5]:
+            print(" ", json.dumps(failure), flush=True)
     clean = all(
         s["cases"] and not (s["not_run"] or s["errors"] or s["failed_cases"])
         for s in result["tools"].values()

@@ -4,7 +4,7 @@
 
 Torch's own kernels would be checked too and its allocator hides overruns behind its pools, so the
 memory comes from the CUDA driver, one allocation of the exact size for each tensor. Outputs start
-as NaN, and one that is still there at the end fails the case: exit code 3. The library is
+as NaN, and one at the end, left there or computed, fails the case: exit code 3. The library is
 ``nvcc -shared kernels/cuda/*.cu``; the package's extension would need torch.
 """
 
@@ -15,18 +15,24 @@ import json
 import random
 import struct
 import sys
+from array import array
 from dataclasses import asdict, dataclass, field
 
-from c_api import MAX_PARTS, DecodeConfig, Matrix, open_library
+from c_api import MAX_PARTS, Ahead, DecodeConfig, Matrix, Sm90Config, TileConfig, open_library
 
 NAN_LEFT = 3
 NAN_BYTE = 0xFF  # 0xFFFF is a NaN in float16 and in bfloat16
 DTYPES = {"float16": 0, "bfloat16": 1}
+INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
+CONFIGS = {
+    "decode": DecodeConfig, "sm90": Sm90Config, "prefill": Sm90Config, "tile": TileConfig,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """``kind``: "decode" (repack, then decode ``launches`` times) or "dequantize"."""
+    """Repack, then ``kind``: "dequantize", or ``launches`` times "decode", "sm90", "prefill" (the
+    Hopper kernel with 192 or 256 columns) or "tile"."""
 
     kind: str
     n: int
@@ -37,8 +43,9 @@ class Case:
     pair: bool = False
     parts: tuple[int, ...] = ()
     m: int = 1
-    config: tuple[int, ...] = field(default=())  # row_tiles, row_warps, splits, slots, overlap
+    config: tuple[int, ...] = field(default=())  # the C struct's fields, in their order
     launches: int = 1
+    ahead: int = 0  # bytes that a launch asks for of its own layer, as if that came next
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -99,8 +106,13 @@ class Gpu:
 
 def halves(count: int, dtype: str, scale: float, rng: random.Random) -> bytes:
     """``count`` random values, drawn from a pool: Python is slow and the values do not matter."""
-    pool = [half_bits(rng.uniform(-scale, scale), dtype) for _ in range(257)]
-    return b"".join(pool[i % 257] for i in range(count))
+    pool = b"".join(half_bits(rng.uniform(-scale, scale), dtype) for _ in range(257))
+    return (pool * (count // 257 + 1))[: 2 * count]
+
+
+def has_nan(content: bytes, dtype: str) -> bool:
+    infinity = INFINITY[dtype]
+    return any(value & 0x7FFF > infinity for value in set(array("H", content)))
 
 
 def run(library, case: Case, gpu: Gpu) -> int:
@@ -122,23 +134,27 @@ def run(library, case: Case, gpu: Gpu) -> int:
     table = gpu.upload(halves(entries, case.dtype, 1.0, rng))
     records = gpu.empty(words * 4)
     check(library.flute_repack(at, codes, scales, records, None))
-    values = (case.n if case.kind == "dequantize" else case.m) * (
-        case.k if case.kind == "dequantize" else case.n
-    )
+    values = case.n * (case.k if case.kind == "dequantize" else case.m)
     out = gpu.upload(bytes([NAN_BYTE]) * (2 * values))
     if case.kind == "dequantize":
         check(library.flute_dequantize(at, records, table, out, None))
     else:
         x = gpu.upload(halves(case.m * case.k, case.dtype, 1.0, rng))
-        config = DecodeConfig(*case.config)
+        config = ctypes.byref(CONFIGS[case.kind](*case.config))
+        arguments = (config, case.m, x, records, table, out)
+        if case.kind == "tile":
+            size = library.flute_tile_workspace(at, config, case.m)
+            # Not filled: initcheck then tells of a share of a sum that nobody wrote.
+            launch, last = library.flute_tile, gpu.empty(size) if size else None
+        else:
+            ahead = Ahead(records, words * 4, case.ahead)
+            launch = library.flute_decode if case.kind == "decode" else library.flute_sm90_gemm
+            last = ctypes.byref(ahead) if case.ahead else None
         gpu.synchronize()  # with overlap a launch reads records before earlier kernels have ended
         for _ in range(case.launches):
-            arguments = (ctypes.byref(config), case.m, x, records, table, out, None)
-            check(library.flute_decode(at, *arguments))
+            check(launch(at, *arguments, last, None))
     gpu.synchronize()
-    left = gpu.download(out, 2 * values)
-    is_nan = any(left[i : i + 2] == b"\xff\xff" for i in range(0, len(left), 2))
-    return NAN_LEFT if is_nan else 0
+    return NAN_LEFT if has_nan(gpu.download(out, 2 * values), case.dtype) else 0
 
 
 def main() -> int:

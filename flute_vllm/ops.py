@@ -23,7 +23,7 @@ _IN_USE, _BEST = -1, -2
 
 _SCHEMAS = (
     "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
-    "int group_size, int[] plan=[]) -> Tensor",
+    "int group_size, int[] plan=[], Tensor? next=None, int next_bytes=0) -> Tensor",
     "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
     "int group_size, ScalarType? dtype=None, int in_features=0) -> Tensor",
 )
@@ -201,7 +201,9 @@ def _no_cuda(*_args: object, **_options: object) -> torch.Tensor:
     )
 
 
-def _fake_gemm(x, qweight, scales, table, part_sizes, bits, group_size, plan=()):
+def _fake_gemm(
+    x, qweight, scales, table, part_sizes, bits, group_size, plan=(), next=None, next_bytes=0
+):
     return x.new_empty((*x.shape[:-1], sum(part_sizes)))
 
 
@@ -227,7 +229,9 @@ def _reference_dequantize(
     return torch.cat([fmt.dequantize(*tensors, bits, dtype) for tensors in rows])
 
 
-def _reference_gemm(x, qweight, scales, table, part_sizes, bits, group_size, plan=()):
+def _reference_gemm(
+    x, qweight, scales, table, part_sizes, bits, group_size, plan=(), next=None, next_bytes=0
+):
     weight = _reference_dequantize(qweight, scales, table, part_sizes, bits, group_size)
     if x.shape[-1] != weight.shape[1]:
         raise _misfit("x", f"{list(x.shape)} does not end in the {weight.shape[1]} input features")

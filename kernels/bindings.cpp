@@ -182,7 +182,7 @@ int64_t cpu_isa(int64_t request) {
 STABLE_TORCH_LIBRARY(flute, m) {
   m.def(
       "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
-      "int group_size, int[] plan=[]) -> Tensor");
+      "int group_size, int[] plan=[], Tensor? next=None, int next_bytes=0) -> Tensor");
   m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
       "int group_size, ScalarType? dtype=None, int in_features=0) -> Tensor");

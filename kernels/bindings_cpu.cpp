@@ -103,7 +103,8 @@ void dense_gemm(const Weight& weight, const Tensor& x, Dtype dtype, Tensor y) {
 
 Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
             std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
-            std::vector<int64_t> /*plan: CUDA only*/) {
+            std::vector<int64_t> /*plan*/, std::optional<Tensor> /*next*/,
+            int64_t /*next_bytes: these are for CUDA*/) {
   const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype dtype = check_input("gemm", x, qweight, weight);
   Tensor y = empty_output(x, weight.n);

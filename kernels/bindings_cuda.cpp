@@ -140,9 +140,20 @@ PlanEntry plan_entry(const std::vector<int64_t>& plan, int64_t m) {
   return {0, kDense, {}};
 }
 
+// The records that the kernels ask for ahead: `next` is the qweight of the layer that runs next.
+FluteAhead ahead_of(const std::optional<Tensor>& next, int64_t next_bytes) {
+  if (!next.has_value() || next_bytes <= 0) return {};
+  FLUTE_CHECK(is_internal(*next) && next->is_cuda() && next->is_contiguous() &&
+                  reinterpret_cast<uintptr_t>(next->data_ptr()) % 16 == 0,
+              "gemm", "next", ("shape ", shape_of(*next)),
+              ("pass the repacked qweight of the next layer"));
+  return {next->data_ptr(), next->numel() * 4, next_bytes};
+}
+
 Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                     const Tensor& table, const std::vector<int64_t>& part_sizes, int64_t bits,
-                    int64_t group_size, const std::vector<int64_t>& plan) {
+                    int64_t group_size, const std::vector<int64_t>& plan,
+                    const std::optional<Tensor>& next, int64_t next_bytes) {
   const int64_t k = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
   FLUTE_CHECK(x.scalar_type() == scales.scalar_type() && x.is_cuda() && k > 0, "gemm", "x",
               (name_of(x.scalar_type()), " ", shape_of(x), " with scales of ",
@@ -164,16 +175,18 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
   const void *from = input.data_ptr(), *records = qweight.data_ptr(), *values = table.data_ptr();
   void *to = y.mutable_data_ptr(), *stream = current_stream(qweight.get_device_index());
   const auto& c = entry.config;
+  const FluteAhead ahead = ahead_of(next, next_bytes);
   int error = 0;
   switch (entry.kernel) {
     case kDecode: {
       const FluteDecodeConfig config = {c[0], c[1], c[2], c[3], c[4]};
-      error = flute_decode(&matrix, &config, int32_t(m), from, records, values, to, stream);
+      error = flute_decode(&matrix, &config, int32_t(m), from, records, values, to, &ahead, stream);
       break;
     }
     case kSm90: {
       const FluteSm90Config config = {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
-      error = flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to, stream);
+      error =
+          flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to, &ahead, stream);
       break;
     }
     case kTile: {
@@ -197,9 +210,10 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
 
 Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
             std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
-            std::vector<int64_t> plan) {
+            std::vector<int64_t> plan, std::optional<Tensor> next, int64_t next_bytes) {
   if (is_internal(qweight))
-    return gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan);
+    return gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan, next,
+                        next_bytes);
   const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype dtype = check_input("gemm", x, qweight, weight);
   if (x.numel() == 0 || weight.n == 0) return empty_output(x, weight.n);

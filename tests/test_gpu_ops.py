@@ -89,6 +89,78 @@ def test_captured_graph_repeats_the_bits_on_two_streams():
         assert torch.equal(y, expected)
 
 
+def plan_of_one_kernel(arguments: tuple, m: int, kernel: int) -> tuple:
+    """``internal``'s arguments with only the entry for m rows, which must be of this kernel."""
+    if kernel == tuning.SM90 and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    *rest, plan = arguments
+    entry = tuning.single(tuning.by_rows(plan), m)
+    assert entry[1] == kernel
+    return (*rest, entry)
+
+
+# Of three layers: less than a request of 4096 bytes, some requests, more than 1 MiB.
+NEXT_LAYERS = {"tiny": ((16,), 128), "odd": ((333,), 1184), "large": ((700, 500), 4096)}
+
+
+@pytest.mark.parametrize("following", NEXT_LAYERS)
+@pytest.mark.parametrize("next_bytes", [0, 4095, 4096, 1 << 20, 1 << 40])
+@pytest.mark.parametrize(
+    ("m", "kernel"),
+    [(1, tuning.DECODE), (8, tuning.DECODE), (33, tuning.SM90), (100, tuning.SM90),
+     (300, tuning.SM90)],
+)  # fmt: skip
+def test_asking_for_the_next_layer_changes_no_bit(m, kernel, next_bytes, following):
+    """Eagerly, as the last of several launches, and in a graph; the layer may be its own next."""
+    parts, k = NEXT_LAYERS[following]
+    records = internal(make_problem(parts, k, 4, 32))[0]
+    arguments = plan_of_one_kernel(internal(make_problem((333,), 1184, 3, 32)), m, kernel)
+    x = make_x(m, 1184).cuda()
+    expected = torch.ops.flute.gemm(x, *arguments)
+    for follower in (records, arguments[0]):
+        before = follower.clone()
+        for _ in range(3):
+            y = torch.ops.flute.gemm(x, *arguments, follower, next_bytes)
+        assert torch.equal(y, expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                y = torch.ops.flute.gemm(x, *arguments, follower, next_bytes)
+        y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+        assert torch.equal(follower, before)
+
+
+def test_more_blocks_than_multiprocessors_ask_in_the_last_round():
+    wide = plan_of_one_kernel(internal(make_problem((40000,), 256, 4, 128)), 1, tuning.DECODE)
+    wide[-1][2:7] = [1, 1, 1, 0, 1]  # a 16-row tile a block: thousands of blocks
+    follower = internal(make_problem((1024,), 4096, 4, 128))[0]
+    x = make_x(1, 256).cuda()
+    expected = torch.ops.flute.gemm(x, *wide)
+    assert torch.equal(torch.ops.flute.gemm(x, *wide, follower, 4 << 20), expected)
+
+
+@pytest.mark.parametrize("m", [1, 33])
+@pytest.mark.parametrize("kind", ["canonical", "on the CPU", "misaligned", "with gaps"])
+def test_a_next_that_no_kernel_could_read_is_refused(kind, m):
+    problem = make_problem((64,), 256, 4, 64)
+    arguments = internal(problem)
+    wrong = {
+        "canonical": problem.qweight.cuda(),
+        "on the CPU": arguments[0].cpu(),
+        "misaligned": arguments[0][1:],
+        "with gaps": arguments[0][::2],
+    }[kind]
+    x = make_x(m, 256).cuda()
+    with pytest.raises(RuntimeError, match="(?s)next.*repacked qweight of the next layer"):
+        torch.ops.flute.gemm(x, *arguments, wrong, 1 << 20)
+    # Nothing is asked for: nothing is looked at.
+    y = torch.ops.flute.gemm(x, *arguments, wrong, 0)
+    assert torch.equal(y, torch.ops.flute.gemm(x, *arguments))
+
+
 def test_misaligned_activations_are_copied():
     problem = make_problem((32,), 128, 4, 32)
     flat = make_x(128 * 2 + 1).cuda()

@@ -68,7 +68,76 @@ def test_measured_entries_are_legal():
         n, k, m, bits = map(int, key.split(","))
         if numbers[0] == tuning.SM90:
             problem = sm90.Problem(n, k, m, bits, 128)
-            assert sm90.complete(problem, sm90.Config(*numbers[1:]), tuning.H200), key
+            config = sm90.Config(*numbers[1:])
+            assert config.warpgroups == (2 if config.prefill else 8 if config.columns <= 32 else 4)
+            assert sm90.complete(problem, config, tuning.H200), key
+
+
+@pytest.mark.parametrize("columns", [8, *sm90.COLUMNS, *sm90.PREFILL_COLUMNS, 320])
+def test_only_compiled_warpgroups_are_legal(columns):
+    problem = sm90.Problem(4096, 4096, 256, 4, 128)
+    compiled = {16: {4, 8}, 32: {4, 8}, 64: {4}, 128: {4}, 192: {2}, 256: {2}}
+    for warpgroups in range(-1, 17):
+        tiles, groups = (8, 2) if columns >= 192 else (4, 4)
+        config = sm90.Config(columns, warpgroups, tiles, groups)
+        full = sm90.complete(problem, config, tuning.H200)
+        assert (full is not None) == (warpgroups in compiled.get(columns, ())), warpgroups
+        numbers = (columns, warpgroups, tiles, groups, 1, 1, 3)
+        legal = sm90.launch(problem, sm90.Config(*numbers), tuning.H200)
+        assert (legal is not None) == (full is not None), warpgroups
+
+
+def test_shared_memory_of_four_and_eight_warpgroups():
+    """By hand: a block's table ends at 130,048 bytes; x of each k group and the rings of the warps
+    that do not fit below the table follow."""
+    problem = sm90.Problem(4096, 4096, 16, 4, 128)
+    record = 16 * 128 // 2 + 32
+    four = sm90.launch(problem, sm90.Config(16, 4, 4, 1, 1, 2, 4), tuning.H200)
+    barriers = 16 * 16 * 8 + 4 * 8 * 16
+    low = (64512 - barriers) // (2 * 2 * record)
+    assert four.shared_bytes == 130048 + 4 * 4 * 16 * 256 + (16 - low) * 2 * 2 * record
+    eight = sm90.launch(problem, sm90.Config(16, 8, 4, 1, 1, 2, 2), tuning.H200)
+    low = (64512 - 2 * barriers) // (2 * record)
+    assert eight.shared_bytes == 130048 + 8 * 2 * 16 * 256 + (32 - low) * 2 * record
+    assert sm90.launch(problem, sm90.Config(16, 4, 4, 8, 1, 2, 2), tuning.H200) is None
+    assert sm90.launch(problem, sm90.Config(16, 8, 4, 8, 1, 2, 2), tuning.H200)
+
+
+@given(
+    layer=layers,
+    m=st.integers(1, 5000),
+    numbers=st.tuples(
+        st.sampled_from((16, 32, 64, 128, 192, 256)),
+        st.sampled_from((0, 1, 2, 4, 8)),
+        *(st.integers(-1, 40) for _ in range(6)),
+    ),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_numbers_make_a_launch_or_none(layer, m, numbers):
+    problem, config = sm90.Problem(layer[0], layer[1], m, *layer[2:]), sm90.Config(*numbers)
+    found = sm90.launch(problem, config, tuning.H200)
+    assert found is None or found.shared_bytes <= tuning.H200.shared_bytes
+    full = sm90.complete(problem, config, tuning.H200)
+    assert full is None or sm90.launch(problem, full, tuning.H200)
+
+
+@pytest.mark.parametrize("m", [16, 32])
+def test_candidates_hold_four_and_eight_warpgroups(m):
+    for n, k in ((6144, 4096), (2560, 8192), (57344, 8192), (512, 512)):
+        problem = sm90.Problem(n, k, m, 4, 128)
+        found = set(sm90.candidates(problem, tuning.H200))
+        assert {config.warpgroups for config in found} == {4, 8}
+        assert len(found) <= 150
+        for config in found:  # none of which half have nothing to do
+            assert config.warpgroups == 4 or 2 * math.ceil(config.row_tiles / 4) > config.row_groups
+
+
+def test_few_row_tiles_take_four_warpgroups_and_many_take_eight():
+    for m in (16, 32):
+        for n, k in ((6144, 4096), (4096, 4096), (2560, 8192), (8192, 2048)):
+            assert sm90.select(sm90.Problem(n, k, m, 4, 128), tuning.H200).warpgroups == 4
+        for n, k in ((57344, 8192), (28672, 4096), (10240, 8192)):
+            assert sm90.select(sm90.Problem(n, k, m, 4, 128), tuning.H200).warpgroups == 8
 
 
 @pytest.mark.parametrize("m", [129, 256, 512, 1000, 4096])
@@ -95,7 +164,7 @@ def test_pair_tables_never_get_the_prefill_kernel():
 
 def test_blocks_cover_all_rows():
     problem = sm90.Problem(5000, 4096, 100, 4, 128, (3000, 1000, 1000))
-    config = sm90.complete(problem, sm90.Config(128, 1, 12), tuning.H200)
+    config = sm90.complete(problem, sm90.Config(128, 4, 12), tuning.H200)
     launch = sm90.launch(problem, config, tuning.H200)
     assert launch.blocks == sum(math.ceil(rows / 192) for rows in problem.parts)
 
@@ -104,7 +173,7 @@ def test_what_the_kernels_do_not_take_is_refused():
     with pytest.raises(FluteError, match="no Hopper launch"):
         sm90.Problem(16, 33, 1, 4, 32)
     assert (
-        sm90.launch(sm90.Problem(16, 32, 1, 4, 32), sm90.Config(16, 1, 4, 1, 1, 1, 2), AMPERE)
+        sm90.launch(sm90.Problem(16, 32, 1, 4, 32), sm90.Config(16, 4, 4, 1, 1, 1, 2), AMPERE)
         is None
     )
     small = tuning.Device("small", 10, 49152, 90)

@@ -44,7 +44,7 @@ def dense_folder(tmp_path_factory) -> Path:
 def settings(tmp_path_factory) -> QuantizeSettings:
     recipe = {
         "name": "quick", "summary": "for tests", "needs": "activations", "steps": STEPS,
-        "propagation": "sequential", "tuning": {"epochs": 1, "tokens": 64},
+        "propagation": "sequential", "finetuning": {"epochs": 1, "tokens": 64},
     }  # fmt: skip
     path = tmp_path_factory.mktemp("recipe") / "quick.json"
     path.write_text(json.dumps(recipe))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sanitize  # noqa: E402
 import sanitize_case  # noqa: E402
+import sanitize_cases  # noqa: E402
+
+from flute_vllm import tuning  # noqa: E402
 
 # Reports one hazard for 3 bits, leaves its output unwritten for pairs, is clean otherwise.
 STAND_IN = """#!/usr/bin/env bash
@@ -48,38 +52,163 @@ def case(**fields) -> sanitize.Case:
     return sanitize.Case(**(base | {"config": (1, 4, 4, 2, 0)} | fields))
 
 
-def test_cases_cover_formats_and_launches():
-    found = list(sanitize.cases())
-    assert len(set(found)) == len(found)
-    assert {(c.bits, c.group_size, c.pair) for c in found} >= {
-        (bits, group, pair)
-        for bits in (2, 3, 4)
-        for group in (32, 64, 128, 256, -1)
-        for pair in (False, True)
-    }
-    assert {c.config[2] for c in found if c.config} == {1, 2, 4, 8}
-    assert {c.dtype for c in found} == {"float16", "bfloat16"}
-    assert any(c.config and c.config[4] for c in found)
-    assert all(sanitize_case.Case.parse(c.text()) == c for c in found)
-    assert len(sanitize.spread(found, 10)) == 10
+CASES = list(sanitize_cases.cases())
+BLOCKS = {
+    "decode": {(8,), (16,), (32,)},
+    "sm90": {(16, 8), (16, 4), (32, 8), (32, 4), (64, 4), (128, 4)},
+    "prefill": {(192,), (256,)},
+    "tile": {(64,), (128,)},
+}
+
+
+def block(found: sanitize.Case) -> tuple[int, ...]:
+    """What names a compiled kernel, beside the format of the weights."""
+    if found.kind == "decode":
+        return (next(width for width in (8, 16, 32) if found.m <= width),)
+    return found.config[: 2 if found.kind == "sm90" else 1]
+
+
+@pytest.mark.parametrize("kernel", BLOCKS)
+def test_cases_reach_every_kernel(kernel):
+    found = [c for c in CASES if c.kind == kernel]
+    pairs = {False} if kernel == "prefill" else {False, True}
+    groups = (32, 64, 128, 256, -1)
+    assert {block(c) for c in found} == BLOCKS[kernel]
+    assert {(c.bits, c.group_size) for c in found} == set(itertools.product((2, 3, 4), groups))
+    for names in (("float16", "bfloat16"), pairs):
+        of = (lambda c: c.dtype) if "float16" in names else (lambda c: c.pair)
+        assert {(block(c), of(c)) for c in found} == set(itertools.product(BLOCKS[kernel], names))
+        assert {(c.bits, of(c)) for c in found} == set(itertools.product((2, 3, 4), names))
+    scale_words = {(block(c), c.bits, min(c.group_size % 1000, 128)) for c in found}
+    assert len(scale_words) == len(BLOCKS[kernel]) * 9  # groups of a k tile: 4, 2, 1
+    assert {sum(c.parts) or c.n for c in found} == {c.n for c in found}
+    assert {(37, 63), (40, 16, 44), ()} <= {c.parts for c in found}
+    assert any(c.n % 16 for c in found)
+    assert any(c.m % 8 for c in found)
+    assert {c.launches for c in found} >= {1, 2, 3}
+
+
+def test_cases_cut_launches_in_every_way():
+    def column(kind: str, at: int) -> set[int]:
+        return {c.config[at] for c in CASES if c.kind == kind}
+
+    assert column("decode", 2) == {1, 2, 4, 8}
+    assert column("sm90", 4) == {1, 2, 4, 8}
+    assert column("sm90", 3) == {1, 2, 4, 8}
+    assert column("prefill", 4) == {1, 2, 4}
+    assert column("tile", 1) >= {1, 2, 3, 9}
+    assert {c.ahead for c in CASES if c.kind in ("decode", "sm90")} == {0, 4096, 1 << 20}
+    assert not any(c.ahead for c in CASES if c.kind not in ("decode", "sm90"))
+    whole, shared = (
+        set(),
+        set(),
+    )  # clusters of the last round of prefill blocks, after others or not
+    for c in (c for c in CASES if c.kind == "prefill"):
+        config = tuning.sm90.Config(*c.config)
+        problem = tuning.sm90.Problem(c.n, c.k, c.m, c.bits, c.group_size, c.parts)
+        rounds, _, cluster = tuning.sm90._prefill_rounds(problem, config, tuning.H200)
+        (whole if rounds else shared).add(cluster)
+    assert whole == {1, 2, 4}
+    assert shared == {1, 2, 4}
+
+
+def test_every_case_is_a_legal_launch():
+    assert len(set(CASES)) == len(CASES)
+    assert len(CASES) * len(sanitize.TOOLS) < 800  # of 5 s, 12 at a time: 330 s
+    for c in CASES:
+        sizes = (c.n, c.k, c.m, c.bits, c.group_size, c.parts)
+        assert sanitize_case.Case.parse(c.text()) == c
+        if c.kind == "decode":
+            found = tuning.launch(tuning.Problem(*sizes), tuning.Config(*c.config), tuning.H200)
+        elif c.kind == "tile":
+            problem = tuning.tile.Problem(*sizes)
+            found = tuning.tile.launch(problem, tuning.tile.Config(*c.config), tuning.H200)
+        elif c.kind != "dequantize":
+            problem = tuning.sm90.Problem(*sizes, c.pair)
+            config = tuning.sm90.Config(*c.config)
+            assert config.prefill == (c.kind == "prefill")
+            found = tuning.sm90.launch(problem, config, tuning.H200)
+        assert c.kind == "dequantize" or found is not None, c
+
+
+def test_the_first_cases_reach_every_compiled_block():
+    first = CASES[:20]
+    assert {c.kind for c in first} == set(sanitize_cases.KERNELS)
+    for kernel, blocks in BLOCKS.items():
+        assert {block(c) for c in first if c.kind == kernel} == blocks
+    # What a budget cuts off is a bit of everything.
+    assert {c.kind for c in CASES[-20:]} == set(sanitize_cases.KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "count"),
+    [
+        ("decode", (1, 4, 4, 2, 0), 16 * 17),
+        ("sm90", (16, 8, 4, 4, 1, 1, 8, 0), 8 * (4 * 16 + 2 * 8)),
+        ("sm90", (64, 4, 4, 4, 1, 1, 8, 0), 4 * (4 * 16 + 2 * 8)),
+        ("prefill", (192, 2, 8, 2, 1, 2, 7, 0), 3 * 2 * 8),
+        ("tile", (64, 1, 3, 4), 0),
+        ("dequantize", (), 0),
+    ],
+)
+def test_barriers_are_what_the_headers_set_aside(runner, kind, config, count):
+    """decode.cuh kBarrierBytes, sm90_gemm.cuh sm90_barrier_bytes, sm90_prefill.cuh."""
+    wanted = case(kind=kind, config=config)
+    assert sanitize_cases.barriers(wanted) == count
+    for tool in sanitize.TOOLS:
+        command = " ".join(runner.command(tool, wanted, 41000))
+        told = f"--num-cuda-barriers {count}" in command
+        assert told == (count > 0 and tool in ("racecheck", "synccheck"))
+        assert ("--num-cuda-barriers" in command) == told
+
+
+def last_summary(runner, tools, wanted) -> dict[str, dict]:
+    return list(runner.run_all(tools, wanted))[-1]
 
 
 def test_outcomes_are_counted(runner, tmp_path):
-    wanted = [case(), case(bits=3), case(pair=True), case(bits=2)]
-    summary = runner.run_tool("racecheck", wanted)
+    wanted = [case(), case(bits=3), case(pair=True), case(kind="dequantize", config=())]
+    summary = last_summary(runner, ["racecheck"], wanted)["racecheck"]
     assert (summary["cases"], summary["not_run"]) == (4, 0)
+    assert summary["cases_of_kernel"] == {"decode": 3, "dequantize": 1}
     assert (summary["errors"], summary["failed_cases"]) == (1, 2)
     texts = [failure["text"] for failure in summary["failures"]]
     assert "Race reported" in texts[0]
-    assert "not written" in texts[1]
-    log = (tmp_path / "log").read_text()
-    assert f"--num-cuda-barriers {sanitize.BARRIERS}" in log
-    assert "--tool racecheck" in log
+    assert "NaN" in texts[1]
+    assert "--tool racecheck" in (tmp_path / "log").read_text()
+
+
+def test_a_case_runs_under_all_tools_before_the_next(runner, tmp_path):
+    runner.jobs = 1
+    list(runner.run_all(["memcheck", "initcheck"], [case(), case(m=2)]))
+    lines = (tmp_path / "log").read_text().splitlines()
+    tools = [line.split()[1] for line in lines]
+    assert tools == ["memcheck", "initcheck"] * 2
+    assert ['"m": 2' in line for line in lines] == [False, False, True, True]
+
+
+def test_a_launch_that_hangs_is_a_failure_not_left_out(runner, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n(sleep 60; touch {tmp_path}/survived) & sleep 60\n")
+    runner.case_seconds = 0.3
+    summary = last_summary(runner, ["memcheck"], [case()])["memcheck"]
+    assert (summary["cases"], summary["not_run"], summary["failed_cases"]) == (1, 0, 1)
+    assert "no end after" in summary["failures"][0]["text"]
+
+
+def test_a_machine_that_hides_its_gpu_ends_the_run_at_once(runner, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho run >> {tmp_path}/log\necho 'Device not supported'; exit 1\n")
+    with pytest.raises(sanitize.FluteError, match="Device not supported"):
+        list(runner.run_all(["memcheck"], [case(m=m) for m in range(1, 30)]))
+    assert len((tmp_path / "log").read_text().splitlines()) <= runner.jobs
 
 
 def test_time_over_means_not_run(runner):
     runner.deadline = time.monotonic()
-    assert runner.run_tool("memcheck", [case()])["not_run"] == 1
+    summary = last_summary(runner, ["memcheck"], [case()])["memcheck"]
+    assert (summary["cases"], summary["not_run"]) == (0, 1)
+    assert summary["not_run_of_kernel"] == {"decode": 1}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +240,7 @@ def test_main_writes_the_summary(tmp_path, monkeypatch, runner, capsys):
     result = json.loads(out.read_text())
     assert result["version"] == "Version 1.2"
     assert result["tools"]["memcheck"]["cases"] == 5
+    assert sum(result["tools"]["memcheck"]["cases_of_kernel"].values()) == 5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -126,12 +256,15 @@ def test_matrix_of_a_case():
     assert (matrix.parts, matrix.pair_table, matrix.dtype) == (2, 1, 1)
 
 
-# Stands in for the CUDA driver and for our kernels, in host memory. A decode of 8 rows leaves the
-# last output alone; a config of 9 row tiles is refused.
+# Stands in for the CUDA driver and for our kernels, in host memory; writes down each launch. One of
+# 8 rows leaves the last output alone, one of 7 computes a NaN; a config that begins with 9 is
+# refused. What a launch may read is read, so that a wrong pointer is a crash.
 STUB = """
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+typedef struct { const void* records; int64_t total, bytes; } Ahead;
 int cuInit(unsigned f) { return 0; }
 int cuDevicePrimaryCtxRetain(void** c, int d) { *c = (void*)1; return 0; }
 int cuCtxSetCurrent(void* c) { return 0; }
@@ -140,40 +273,138 @@ int cuMemcpyHtoD_v2(void* d, const void* s, size_t n) { memcpy(d, s, n); return 
 int cuMemcpyDtoH_v2(void* d, const void* s, size_t n) { memcpy(d, s, n); return 0; }
 int cuCtxSynchronize(void) { return 0; }
 int64_t flute_record_words(const int32_t* m) { return (int64_t)m[0] * m[1]; }
+static const void* records;
 int flute_repack(const int32_t* m, const void* q, const void* s, int32_t* r, void* stream) {
   memcpy(r, q, (size_t)m[0] * m[1] / 8 * m[2]);
+  records = r;
   return 0;
 }
 int flute_dequantize(const int32_t* m, const void* r, const void* t, void* w, void* stream) {
   memset(w, 0, 2 * (size_t)m[0] * m[1]);
+  printf("dequantize %d\\n", r == records && t && !stream);
+  return 0;
+}
+static int launch(const char* name, int fields, const int32_t* m, const int32_t* c, int32_t rows,
+                  const char* x, const void* r, const void* t, char* y, void* stream) {
+  size_t values = (size_t)rows * m[0];
+  int sum = 0;
+  if (c[0] == 9) return 7;
+  for (size_t i = 0; i < 2 * (size_t)rows * m[1]; i++) sum += x[i];
+  memset(y, 0, 2 * (values - (rows == 8)));
+  if (rows == 7) memcpy(y, "\\xc0\\xff", 2);
+  printf("%s %d, matrix", name, r == records && t && !stream && sum != 12345678);
+  for (int i = 0; i < 7; i++) printf(" %d", m[i]);
+  printf(", config");
+  for (int i = 0; i < fields; i++) printf(" %d", c[i]);
+  printf(", m %d", rows);
+  return 0;
+}
+static int with_ahead(const Ahead* a, int error) {
+  if (error) return error;
+  if (!a) printf(", no ahead\\n");
+  else printf(", ahead %d %ld %ld\\n", a->records == records, (long)a->total, (long)a->bytes);
   return 0;
 }
 int flute_decode(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
-                 const void* t, void* y, void* stream) {
-  if (c[0] == 9) return 7;
-  memset(y, 0, 2 * ((size_t)rows * m[0] - (rows == 8)));
+                 const void* t, void* y, const Ahead* a, void* stream) {
+  return with_ahead(a, launch("decode", 5, m, c, rows, x, r, t, y, stream));
+}
+int flute_sm90_gemm(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
+                    const void* t, void* y, const Ahead* a, void* stream) {
+  return with_ahead(a, launch("sm90_gemm", 8, m, c, rows, x, r, t, y, stream));
+}
+int64_t flute_tile_workspace(const int32_t* m, const int32_t* c, int32_t rows) {
+  return c[1] > 1 ? (int64_t)c[1] * rows * m[0] * 4 : 0;
+}
+int flute_tile(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
+               const void* t, void* y, void* workspace, void* stream) {
+  const int error = launch("tile", 4, m, c, rows, x, r, t, y, stream);
+  if (error) return error;
+  if (workspace) memset(workspace, 0, flute_tile_workspace(m, c, rows));
+  printf(", workspace %d\\n", workspace != 0);
   return 0;
 }
 const char* flute_error_text(int e) { return "no such configuration"; }
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_case_script_fills_memory_and_judges_the_output(tmp_path):
-    (tmp_path / "stub.c").write_text(STUB)
-    library = tmp_path / "libcuda.so.1"
-    command = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "stub.c")]
+@pytest.fixture(scope="module")
+def run_case(tmp_path_factory):
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "stub.c").write_text(STUB)
+    library = folder / "libcuda.so.1"
+    command = ["cc", "-shared", "-fPIC", "-o", str(library), str(folder / "stub.c")]
     subprocess.run(command, check=True)
     script = str(ROOT / "benchmarks" / "sanitize_case.py")
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
 
     def run(wanted: sanitize.Case) -> subprocess.CompletedProcess:
         command = [sys.executable, script, str(library), wanted.text()]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    assert run(case(m=1, launches=3)).returncode == 0
-    assert run(case(kind="dequantize", pair=True, parts=(37, 63), n=100)).returncode == 0
-    assert run(case(m=8)).returncode == sanitize_case.NAN_LEFT
-    refused = run(case(config=(9, 4, 4, 2, 0)))
+    return run
+
+
+WORDS = 333 * 1056
+MATRIX = "matrix 333 1056 4 32 1 0 1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"kind": "decode", "m": 3}, f"decode 1, {MATRIX}, config 1 4 4 2 0, m 3, no ahead"),
+        (
+            {"kind": "decode", "m": 3, "launches": 3, "ahead": 4096},
+            f"decode 1, {MATRIX}, config 1 4 4 2 0, m 3, ahead 1 {WORDS * 4} 4096",
+        ),
+        (
+            {"kind": "sm90", "m": 33, "config": (64, 4, 4, 4, 2, 1, 8, 1), "launches": 2},
+            f"sm90_gemm 1, {MATRIX}, config 64 4 4 4 2 1 8 1, m 33, no ahead",
+        ),
+        (
+            {"kind": "sm90", "m": 13, "config": (16, 8, 4, 4, 2, 1, 8, 1), "ahead": 1 << 20},
+            f"sm90_gemm 1, {MATRIX}, config 16 8 4 4 2 1 8 1, m 13, ahead 1 {WORDS * 4} 1048576",
+        ),
+        (
+            {"kind": "prefill", "m": 300, "config": (192, 2, 8, 2, 4, 2, 7, 0)},
+            f"sm90_gemm 1, {MATRIX}, config 192 2 8 2 4 2 7 0, m 300, no ahead",
+        ),
+        (
+            {"kind": "tile", "m": 100, "config": (64, 1, 3, 4)},
+            f"tile 1, {MATRIX}, config 64 1 3 4, m 100, workspace 0",
+        ),
+        (
+            {"kind": "tile", "m": 129, "config": (128, 3, 5, 3), "launches": 2},
+            f"tile 1, {MATRIX}, config 128 3 5 3, m 129, workspace 1",
+        ),
+        (
+            {"kind": "tile", "m": 9, "config": (64, 2, 3, 4), "pair": True, "dtype": "float16",
+             "parts": (37, 63), "n": 100, "bits": 3},
+            "tile 1, matrix 100 1056 3 32 0 1 2, config 64 2 3 4, m 9, workspace 1",
+        ),
+        ({"kind": "dequantize", "config": ()}, "dequantize 1"),
+    ],
+)  # fmt: skip
+def test_each_kind_calls_its_function_with_its_arguments(run_case, fields, line):
+    wanted = case(**fields)
+    done = run_case(wanted)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [line] * wanted.launches
+
+
+def test_case_script_judges_the_output(run_case):
+    assert run_case(case(kind="dequantize", pair=True, parts=(37, 63), n=100)).returncode == 0
+    for dtype in ("float16", "bfloat16"):
+        for m in (7, 8):
+            assert run_case(case(m=m, dtype=dtype)).returncode == sanitize_case.NAN_LEFT
+    refused = run_case(case(config=(9, 4, 4, 2, 0)))
     assert refused.returncode == 1
     assert "no such configuration" in refused.stderr
+
+
+@pytest.mark.parametrize("kernel", sanitize_cases.KERNELS)
+def test_the_first_case_of_each_kernel_runs(run_case, kernel):
+    done = run_case(next(c for c in CASES if c.kind == kernel and c.m not in (7, 8)))
+    assert done.returncode == 0, done.stderr

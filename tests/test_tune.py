@@ -1,156 +1,78 @@
-"""Tuning scales and tables for the whole model: exact gradients, gates, the same bytes again."""
+"""The tune tool without a GPU: which launches it would time, and how it decides."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from tiny_models import write_tiny_model
-from torch import nn
-from torch.nn import functional
+from typer.testing import CliRunner
 
-from flute_vllm.checkpoint import Checkpoint
-from flute_vllm.errors import FluteError
+from flute_vllm import tuning
+from flute_vllm.cli import app
 from flute_vllm.format import LayerSpec
-from flute_vllm.quantize import tune
-from flute_vllm.quantize.model import quantize_checkpoint
-from flute_vllm.quantize.plan import QuantizeSettings
-from flute_vllm.quantize.tune import TunedLinear
-from flute_vllm.validate import validate_checkpoint
-from flute_vllm.writer import replace_tensors
+from flute_vllm.tools import tune
+from flute_vllm.tools.layers import LinearLayer
+from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
 
-MODEL = Path(__file__).resolve().parents[1] / "examples" / "stdlib_model" / "model"
+LAYER = LinearLayer("o_proj", (4096,), 4096, LayerSpec(4, 128))
 
 
-@pytest.mark.parametrize("kind", ["scalar", "pair"])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_gradients_are_those_of_the_unrounded_product(bits, kind):
-    generator = torch.Generator().manual_seed(bits)
-    linear = nn.Linear(64, 24).requires_grad_(False)
-    codes = torch.randint(2**bits, (24, 64), generator=generator, dtype=torch.uint8)
-    # Few significant bits, so that rounding the product to bfloat16 changes nothing.
-    scales = torch.randint(1, 8, (24, 2), generator=generator).bfloat16() / 64
-    size = (2**bits,) if kind == "scalar" else (4**bits, 2)
-    table = nn.Parameter(torch.randint(-8, 8, size, generator=generator).float() / 8)
-    table.requires_grad_(kind == "scalar")
-    layer = TunedLinear(linear, LayerSpec(bits, 32, table_kind=kind), codes, scales, table)
-    x = torch.randn(5, 3, 64, generator=generator, requires_grad=True)
-    wanted = torch.randn(5, 3, 24, generator=generator)
-    functional.mse_loss(layer(x), wanted).backward()
-    found = [x.grad, layer.factors.grad, *([table.grad] if kind == "scalar" else [])]
-
-    other, factors = x.detach().clone().requires_grad_(), torch.ones(24, 2, requires_grad=True)
-    free = table.detach().clone().requires_grad_(kind == "scalar")
-    index = codes.long()
-    if kind == "pair":
-        index = index[:, 0::2] * 2**bits + index[:, 1::2]
-    values = free[index].reshape(24, 2, 32)
-    weight = (values * (scales.float() * factors)[:, :, None]).view(24, 64)
-    functional.mse_loss(functional.linear(other, weight, linear.bias), wanted).backward()
-    expected = [other.grad, factors.grad, *([free.grad] if kind == "scalar" else [])]
-    for one, two in zip(found, expected, strict=True):
-        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("m", [16, 64, 256, 4096])
+def test_candidates_are_legal_and_always_the_same(m):
+    found = tune.candidates(LAYER, m, tuning.H200, 50)
+    assert found == tune.candidates(LAYER, m, tuning.H200, 50)
+    assert len(found) == len(set(found))
+    kernels = {entry.kernel for entry in found}
+    assert (DECODE in kernels) == (m <= tuning.MAX_ROWS)
+    assert (DENSE in kernels) == (m >= tune.DENSE_ROWS)
+    warpgroups = {sm90.Config(*entry.config).warpgroups for entry in found if entry.kernel == SM90}
+    assert warpgroups >= ({4, 8} if m == 16 else {4} if m <= 128 else {2})
+    problem = sm90.Problem(4096, 4096, m, 4, 128)
+    for entry in found:
+        if entry.kernel == SM90:
+            assert sm90.launch(problem, sm90.Config(*entry.config), tuning.H200)
 
 
-@pytest.fixture(scope="module")
-def dense_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tune") / "dense"
-    write_tiny_model(folder, "llama", vocab_size=4096)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODEL / name, folder / name)
-    return folder
+def test_few_rows_have_launches_of_the_decode_kernel_only():
+    found = tune.candidates(LAYER, tune.FEW_ROWS, tuning.H200, 50)
+    assert len(found) == len(set(found)) > 10
+    for entry in found:
+        config = tuning.Config(*entry.config)
+        assert (entry.kernel, config.overlap) == (DECODE, 1)
+        assert tuning.launch(tuning.Problem(4096, 4096, 8, 4, 128), config, tuning.H200)
 
 
-@pytest.fixture
-def settings(tmp_path) -> QuantizeSettings:
-    return settings_of(tmp_path, {"rate": 0.01, "table_rate": 0.002, "epochs": 3, "tokens": 128})
+def test_an_entry_has_a_place_that_plans_read(tmp_path):
+    assert tune.place_of(LAYER, 1) == tune.place_of(LAYER, 8) == ("decode", "4096,4096,8,4")
+    assert tune.place_of(LAYER, 16) == ("sm90", "4096,4096,16,4")
+    table = json.loads((tuning.CONFIG_FOLDER / "h200.json").read_text())
+    for m in tune.TUNED_ROWS:
+        section, key = tune.place_of(LAYER, m)
+        assert key in table[section]
 
 
-def settings_of(folder: Path, tuning: dict | None, **changes) -> QuantizeSettings:
-    recipe = {
-        "name": "tuned", "summary": "for tests", "needs": "activations",
-        "steps": [{"step": "search"}, {"step": "learn_table"}], "tuning": tuning,
-    }  # fmt: skip
-    path = folder / f"tuned{len(list(folder.iterdir()))}.json"
-    path.write_text(json.dumps(recipe))
-    small = {"bits": 2, "group_size": 32, "samples": 8, "length": 64, "device": "cpu"}
-    return QuantizeSettings(recipe=str(path), **{**small, **changes})
+def test_a_dense_weight_that_takes_too_much_memory_is_no_candidate():
+    big = LinearLayer("gate_up_proj", (57344,), 8192, LayerSpec(4, 128))
+    found = tune.candidates(big, 4096, tuning.H200, 10)
+    assert all(entry.kernel == SM90 for entry in found)
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
+def test_the_fastest_wins_and_the_decode_kernel_only_clearly():
+    a, b, c = Entry(16, SM90, (1,)), Entry(16, SM90, (2,)), Entry(16, DECODE, (3,))
+    times = {a: 9.0, b: 8.0, c: 7.9}
+    assert tune.best_of([a, b, c], lambda entry, _: times[entry]) == (b, 8.0)
+    times[c] = 7.0
+    assert tune.best_of([a, b, c], lambda entry, _: times[entry]) == (c, 7.0)
 
 
-def test_scales_and_tables_move_and_codes_stay(dense_folder, settings, tmp_path):
-    report = quantize_checkpoint(dense_folder, tmp_path / "tuned", settings)
-    quantize_checkpoint(dense_folder, tmp_path / "plain", settings_of(tmp_path, None))
-    losses = report["tuning"]["heldout_loss"]
-    assert len(losses) == 4
-    assert min(losses) < 0.99 * losses[0]
-    validate_checkpoint(Checkpoint(tmp_path / "tuned"))
-    plain, tuned = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "tuned")
-    assert plain.keys() == tuned.keys()
-    for name, before in plain.items():
-        is_moved = not torch.equal(before, tuned[name])
-        assert is_moved == name.endswith((".scales", ".table")), name
-    fused = [tuned[f"model.layers.0.self_attn.{part}_proj.table"] for part in "qkv"]
-    assert torch.equal(fused[0], fused[1])
-    assert torch.equal(fused[0], fused[2])
+def test_the_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "gpu.json"
+    tune.write(path, {"sm90": {"1,2,3,4": [2]}})
+    assert json.loads(path.read_text()) == {"sm90": {"1,2,3,4": [2]}}
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_same_bytes_again_and_after_a_stop(dense_folder, settings, tmp_path, monkeypatch):
-    quantize_checkpoint(dense_folder, tmp_path / "whole", settings)
-
-    def stop(path, layout, tensors) -> None:
-        replace_tensors(path, layout, tensors)
-        if path.name.startswith("model-00002"):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("flute_vllm.quantize.model.replace_tensors", stop)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(dense_folder, tmp_path / "out", settings)
-    quantize_checkpoint(dense_folder, tmp_path / "out", settings)
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
-    assert not list((tmp_path / "out").glob("flute-*"))
-
-
-def test_a_rate_that_harms_changes_nothing(dense_folder, tmp_path):
-    wild = {"rate": 3.0, "table_rate": 3.0, "epochs": 1, "tokens": 64}
-    report = quantize_checkpoint(dense_folder, tmp_path / "out", settings_of(tmp_path, wild))
-    assert report["tuning"]["heldout_loss"][1] > report["tuning"]["heldout_loss"][0]
-    quantize_checkpoint(dense_folder, tmp_path / "plain", settings_of(tmp_path, None))
-    plain, found = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out")
-    assert all(torch.equal(plain[name], found[name]) for name in plain)
-
-
-def test_a_table_of_the_user_stays(dense_folder, tmp_path):
-    chosen = settings_of(tmp_path, {"rate": 0.01, "epochs": 1, "tokens": 64}, bits=3, table="int")
-    quantize_checkpoint(dense_folder, tmp_path / "out", chosen)
-    tables = {n: t for n, t in tensors_of(tmp_path / "out").items() if n.endswith(".table")}
-    assert len(tables) == 14
-    assert all(torch.equal(t, next(iter(tables.values()))) for t in tables.values())
-
-
-def test_a_device_that_is_too_small_leaves_it_out_with_a_warning(
-    dense_folder, settings, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(tune.os, "sysconf", lambda name: 1000)
-    report = quantize_checkpoint(dense_folder, tmp_path / "out", settings)
-    assert report["tuning"]["left_out"] in caplog.text
-    (told,) = [r.getMessage() for r in caplog.records if "not tuned" in r.getMessage()]
-    assert "the host has 1,000,000" in told
-    validate_checkpoint(Checkpoint(tmp_path / "out"))
-
-
-def test_only_what_the_file_has_is_replaced(tmp_path):
-    layout = {"a": ((2,), torch.float32)}
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes(200))
-    with pytest.raises(FluteError, match="unexpected tensor"):
-        replace_tensors(path, layout, {"a": torch.zeros(3)})
+def test_without_a_gpu_the_command_says_so(tmp_path):
+    result = CliRunner().invoke(app, ["tune", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "no CUDA device" in (result.output + str(result.exception))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,14 @@ def test_problem_outside_the_kernel_is_refused():
         tuning.Problem(16, 32, 33, 4, 32)
     with pytest.raises(dataclasses.FrozenInstanceError):
         tuning.H200.name = "x"
+
+
+def test_kernels_divide_exactly_by_the_tiles_of_a_block():
+    """``divide`` of ring.cuh, for all row tiles of a block and all rows of x of each of them."""
+    header = (Path(__file__).parents[1] / "kernels" / "cuda" / "ring.cuh").read_text()
+    shift = int(re.search(r"kInverseShift = (\d+);", header)[1])
+    dividends = range(tuning.MAX_ROWS * 128)
+    for tiles in range(1, 129):
+        inverse = -(-(1 << shift) // tiles)
+        assert inverse * dividends[-1] < 1 << 32
+        assert all(i * inverse >> shift == i // tiles for i in dividends)

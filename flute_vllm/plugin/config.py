@@ -17,6 +17,7 @@ from flute_vllm.format import LayerSpec
 from flute_vllm.importers import Importer, find, from_config
 from flute_vllm.plugin.foreign import ForeignLinearMethod
 from flute_vllm.plugin.linear import FluteLinearMethod
+from flute_vllm.plugin.order import LayerOrder
 from flute_vllm.schema import QUANT_METHOD, FluteQuantizationConfig, module_matches
 
 
@@ -36,6 +37,7 @@ class FluteConfig(QuantizationConfig):
         self.importer = importer
         # Quantized modules of a foreign checkpoint, None while its headers were not read.
         self.foreign_modules: frozenset[str] | None = None
+        self.order = LayerOrder()
 
     def __repr__(self) -> str:
         if self.importer is not None:
@@ -119,9 +121,13 @@ class FluteConfig(QuantizationConfig):
         if self.importer is not None:
             if self._is_dense_in_foreign_checkpoint(modules):
                 return UnquantizedLinearMethod()
-            return ForeignLinearMethod(prefix, self.importer, modules)
+            return ForeignLinearMethod(prefix, self.importer, modules, self.order)
         spec = self.common_spec(prefix, modules)
-        return UnquantizedLinearMethod() if spec is None else FluteLinearMethod(prefix, spec)
+        return (
+            UnquantizedLinearMethod()
+            if spec is None
+            else FluteLinearMethod(prefix, spec, self.order)
+        )
 
     def checkpoint_modules(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the matrices that vLLM fuses into the layer ``prefix``."""

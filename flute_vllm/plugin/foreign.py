@@ -18,6 +18,7 @@ from flute_vllm.errors import FluteError
 from flute_vllm.format import SCALE_DTYPES, TENSOR_NAMES
 from flute_vllm.importers import Importer
 from flute_vllm.plugin.linear import FluteLinearMethod, check_shardable
+from flute_vllm.plugin.order import LayerOrder
 from flute_vllm.plugin.tracking import check_tensor, expected_rows
 
 
@@ -25,8 +26,10 @@ from flute_vllm.plugin.tracking import check_tensor, expected_rows
 class ForeignLinearMethod(FluteLinearMethod):
     """A layer whose checkpoint tensors an importer decodes while vLLM loads them."""
 
-    def __init__(self, prefix: str, importer: Importer, modules: list[str]) -> None:
-        super().__init__(prefix, importer.layer_spec())
+    def __init__(
+        self, prefix: str, importer: Importer, modules: list[str], order: LayerOrder | None = None
+    ) -> None:
+        super().__init__(prefix, importer.layer_spec(), order)
         self.importer = importer
         self.modules = modules  # checkpoint names of the matrices that the layer fuses
 

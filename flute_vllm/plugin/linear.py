@@ -24,6 +24,7 @@ from vllm.model_executor.utils import replace_parameter
 from flute_vllm import ops, tuning
 from flute_vllm.errors import FluteError
 from flute_vllm.format import PER_ROW, TENSOR_NAMES, UNIT, LayerSpec
+from flute_vllm.plugin.order import LayerOrder, next_weight
 from flute_vllm.plugin.tracking import (
     LoadAccount,
     check_finite,
@@ -43,9 +44,11 @@ class FluteLinearMethod(LinearMethodBase):
     [N, K / group_size] and ``table`` [matrices, 2**bits], N and K being this rank's share.
     """
 
-    def __init__(self, prefix: str, spec: LayerSpec) -> None:
+    def __init__(self, prefix: str, spec: LayerSpec, order: LayerOrder | None = None) -> None:
         self.prefix = prefix
         self.spec = spec
+        self.order = order or LayerOrder()
+        self.ahead_bytes = tuning.ahead_bytes()
 
     def create_weights(
         self,
@@ -80,6 +83,7 @@ class FluteLinearMethod(LinearMethodBase):
         layer.flute_dtype = dtype  # of activations
         layer.flute_plan = []  # launches of the GPU kernels, once the weights are there
         layer.flute_plan_parts = None  # the same, to look up one
+        layer.flute_order, layer.flute_place = None, 0  # plugin/order.py
 
     def make_parameters(
         self,
@@ -171,6 +175,8 @@ class FluteLinearMethod(LinearMethodBase):
             tensors = self._to_gpu_layout(layer, tensors)
         for name, tensor in tensors.items():
             replace_parameter(layer, name, Parameter(tensor, requires_grad=False))
+        if layer.flute_plan:
+            self.order.append(layer)
 
     def _to_gpu_layout(
         self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]
@@ -203,9 +209,10 @@ class FluteLinearMethod(LinearMethodBase):
         # A graph serves any number of rows, so the op looks its entry up; an eager call does here.
         if plan and not torch.compiler.is_compiling():
             plan = tuning.single(layer.flute_plan_parts, x.numel() // layer.flute_in_features)
+        following = next_weight(layer) if plan else None
         y = torch.ops.flute.gemm(
             x, layer.qweight, layer.scales, layer.table, layer.flute_parts,
-            self.spec.bits, self.spec.group_size, plan,
+            self.spec.bits, self.spec.group_size, plan, following, self.ahead_bytes,
         )  # fmt: skip
         # y is ours alone: no second output, and the dtype stays whatever that of the bias is.
         return y if bias is None else y.add_(bias)

@@ -35,7 +35,7 @@ from flute_vllm.quantize.stream import (
     open_windows,
 )
 from flute_vllm.quantize.tensor import load_group, start_state
-from flute_vllm.quantize.tune import load_or_tune, tune_scales
+from flute_vllm.quantize.finetune import load_or_tune, tune_scales
 from flute_vllm.schema import module_matches
 from flute_vllm.writer import ShardWriter, file_nbytes, replace_tensors
 
@@ -129,7 +129,7 @@ def quantize_checkpoint(
         modules = [m for unit in plan.units for m in folder.done[unit.name]["modules"]]
         report = make_report(plan, settings, modules, checkpoint, calibration)
         if tuned is not None:
-            report["tuning"] = tuned
+            report["finetuning"] = tuned
         folder.copy_extras(checkpoint.folder)
         folder.write_json("report.json", report)
         name = checkpoint.folder.resolve().name
@@ -147,7 +147,7 @@ def _tune(
     callbacks: Callbacks,
 ) -> dict[str, Any] | None:
     """Replaces scales and tables in the finished files by tuned ones, if the recipe tunes."""
-    tuning = plan.recipe.tuning
+    tuning = plan.recipe.finetuning
     if tuning is None or windows is None:
         return None
     tensors, measured = load_or_tune(

@@ -58,7 +58,7 @@ class Training(BaseModel):
     epochs: int = Field(default=1, ge=1)
 
 
-class Tuning(BaseModel):
+class Finetuning(BaseModel):
     """How scales and tables are tuned for the whole model once every block is quantized.
 
     Attributes:
@@ -98,7 +98,7 @@ class Recipe(BaseModel):
     steps: tuple[dict[str, Any], ...]
     calibration: Calibration = Calibration()
     training: Training | None = None
-    tuning: Tuning | None = None
+    finetuning: Finetuning | None = None
     propagation: Literal["dense", "block", "sequential"] = "block"
 
 

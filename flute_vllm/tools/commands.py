@@ -120,7 +120,7 @@ def tune(
             fix="use the computed launches as they are",
         )  # fmt: skip
     path = Path(out) if out else tuning.CONFIG_FOLDER / f"{gpu.name}.json"
-    counts = parse_rows(rows) if rows else tuning.SM90_BUCKETS
+    counts = parse_rows(rows) if rows else tool.TUNED_ROWS
     tool.tune(_layers(model, bits, group_size), path, rows=counts, budget_s=budget_s)
 
 

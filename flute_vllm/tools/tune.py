@@ -1,9 +1,11 @@
 """Times launches of a model's own layers on this GPU and writes the best to a tuning file.
 
 The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel
-runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Entries
-found in the file are kept, so an interrupted run goes on where it was. The order of work and the
-candidates are fixed; times, and with them close decisions, vary by a few per cent.
+runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Up to 8 rows
+run the decode kernel, whose section ``decode`` has one launch for all of them. Calls are timed as
+the plugin makes them. Entries found in the file are kept, so an interrupted run goes on where it
+was. The order of work and the candidates are fixed; times, and with them close decisions, vary by
+a few per cent.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +30,8 @@ from flute_vllm.tools.timing import copies_for, graph_us
 from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
 from flute_vllm.tuning.plan import DENSE_BYTES
 
+FEW_ROWS = tuning.BUCKETS[0]  # up to here only the decode kernel runs
+TUNED_ROWS = (FEW_ROWS, *tuning.SM90_BUCKETS)
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 QUICK, CAREFUL, FINALISTS = 2, 7, 4  # replays of all candidates, of the best few
@@ -36,8 +41,9 @@ QUICK, CAREFUL, FINALISTS = 2, 7, 4  # replays of all candidates, of the best fe
 class Tuned:
     """The winner of one bucket; ``tried`` launches were timed."""
 
+    section: str
     key: str
-    numbers: tuple[int, ...]  # kernel, then its config
+    numbers: tuple[int, ...]  # kernel (but for the decode section), then its config
     us: float
     tried: int
 
@@ -45,6 +51,9 @@ class Tuned:
 def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> list[Entry]:
     """Launches worth timing, the most promising first; ``limit`` of the Hopper kernels."""
     spec = layer.spec
+    if m <= FEW_ROWS:
+        few = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
+        return decode_candidates(few, gpu, limit)
     problem = sm90.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
     full = set()
     for config in sm90.candidates(problem, gpu):
@@ -60,6 +69,18 @@ def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> li
     if m >= DENSE_ROWS and layer.n * layer.k * 2 <= DENSE_BYTES:
         found.append(Entry(m, DENSE))
     return found
+
+
+def decode_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int) -> list[Entry]:
+    """The same of the decode kernel."""
+    full = set()
+    for config in tuning.candidates(problem, gpu):
+        for slots in (0, 2, 3):
+            done = tuning.complete(problem, replace(config, slots=slots, overlap=1), gpu)
+            if done is not None:
+                full.add(done)
+    ranked = sorted(full, key=lambda c: (-tuning.efficiency(problem, c, gpu), c.numbers))[:limit]
+    return [Entry(problem.m, DECODE, config.numbers) for config in ranked]
 
 
 def best_of(entries: list[Entry], time_us: Callable[[Entry, int], float]) -> tuple[Entry, float]:
@@ -87,21 +108,37 @@ def tune_layer(
     records = ops.repack(qweight, scales, table, *settings)
     scales = scales.new_empty(0)
     copies = [records] + [records.clone() for _ in range(copies_for(records.numel() * 4) - 1)]
-    gemm = torch.ops.flute.gemm
+    gemm, ahead = torch.ops.flute.gemm, tuning.ahead_bytes()
     for m in rows:
-        x = torch.randn(m, layer.k, device=device).to(spec.torch_scale_dtype)
+        # One launch serves all of the few rows: the mean of one row and of as many as there may be.
+        counts = {1, m} if m <= FEW_ROWS else {m}
+        inputs = [torch.randn(count, layer.k, device=device).to(spec.torch_scale_dtype)
+                  for count in counts]  # fmt: skip
 
-        def time_us(entry: Entry, replays: int, x: torch.Tensor = x) -> float:
+        def time_us(entry: Entry, replays: int, inputs: list[torch.Tensor] = inputs) -> float:
             numbers = replace(entry, largest_m=0).numbers
-            calls = [functools.partial(gemm, x, q, scales, table, *settings, numbers)
-                     for q in copies]  # fmt: skip
-            return graph_us(calls, replays)
+            return statistics.mean(
+                graph_us([functools.partial(gemm, x, q, scales, table, *settings, numbers, after,
+                                            ahead)
+                          for q, after in zip(copies, copies[1:] + copies[:1], strict=True)],
+                         replays)
+                for x in inputs
+            )  # fmt: skip
 
         entries = candidates(layer, m, gpu, limit)
         entry, us = best_of(entries, time_us)
-        config = entry.config[:-1] if entry.kernel == SM90 else ()
-        key = f"{layer.n},{layer.k},{m},{spec.bits}"
-        yield Tuned(key, (entry.kernel, *config), us, len(entries))
+        section, key = place_of(layer, m)
+        numbers = entry.config[:-1]
+        if section == "sm90":
+            numbers = (entry.kernel, *(numbers if entry.kernel == SM90 else ()))
+        yield Tuned(section, key, numbers, us, len(entries))
+
+
+def place_of(layer: LinearLayer, m: int) -> tuple[str, str]:
+    """Section and key of an entry in the file."""
+    few = m <= FEW_ROWS
+    rows = FEW_ROWS if few else m
+    return "decode" if few else "sm90", f"{layer.n},{layer.k},{rows},{layer.spec.bits}"
 
 
 def write(path: Path, found: dict) -> None:
@@ -115,7 +152,7 @@ def tune(
     layers: list[LinearLayer],
     path: Path,
     *,
-    rows: Iterable[int] = tuning.SM90_BUCKETS,
+    rows: Iterable[int] = TUNED_ROWS,
     limit: int = 100,
     budget_s: float = 0,
     show: Callable[[str], None] = print,
@@ -128,18 +165,17 @@ def tune(
     device, start = torch.device("cuda", torch.cuda.current_device()), time.monotonic()
     gpu = tuning.device_of(device)
     found = json.loads(path.read_text()) if path.is_file() else {"device": gpu.name}
-    section = found.setdefault("sm90", {})
     work = [
         (layer, m)
         for layer in layers
-        for m in rows
-        if f"{layer.n},{layer.k},{m},{layer.spec.bits}" not in section
+        for m in sorted({max(m, FEW_ROWS) for m in rows})
+        if place_of(layer, m)[1] not in found.setdefault(place_of(layer, m)[0], {})
     ]
     added = 0
     for layer in layers:
         missing = [m for other, m in work if other is layer]
         for tuned in tune_layer(layer, missing, gpu, device, limit) if missing else ():
-            section[tuned.key] = list(tuned.numbers)
+            found[tuned.section][tuned.key] = list(tuned.numbers)
             found["sm90_by"] = f"flute-vllm {__version__}, torch {torch.__version__}"
             write(path, found)
             added += 1
@@ -162,7 +198,7 @@ def main() -> None:
     parser.add_argument("layers", help="NxK, ... ")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", default="4")
-    parser.add_argument("--rows", default=",".join(map(str, tuning.SM90_BUCKETS)))
+    parser.add_argument("--rows", default=",".join(map(str, TUNED_ROWS)))
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--budget-s", type=float, default=0)
     arguments = parser.parse_args()

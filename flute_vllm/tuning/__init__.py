@@ -31,6 +31,8 @@ from flute_vllm.tuning.device import (
     measured,
 )
 from flute_vllm.tuning.plan import (
+    AHEAD_BYTES,
+    AHEAD_ENVIRONMENT,
     DECODE,
     DENSE,
     ENTRY_NUMBERS,
@@ -39,6 +41,7 @@ from flute_vllm.tuning.plan import (
     SM90_BUCKETS,
     TILE,
     Entry,
+    ahead_bytes,
     by_rows,
     entries,
     entry_of,
@@ -47,6 +50,9 @@ from flute_vllm.tuning.plan import (
 )
 
 __all__ = [
+    "AHEAD_BYTES",
+    "AHEAD_ENVIRONMENT",
+    "ahead_bytes",
     "TILE",
     "SM90_BUCKETS",
     "SM90",

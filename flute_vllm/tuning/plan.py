@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from flute_vllm.errors import FluteError
 from flute_vllm.tuning import decode, sm90, tile
 from flute_vllm.tuning.device import Device, measured
 
@@ -22,6 +23,8 @@ KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile")
 ENTRY_NUMBERS = 10  # largest M (0: any), kernel, up to eight numbers of its config
 DENSE_BYTES = 256 << 20  # of a dequantized weight, at most
 DENSE_PAIR_ROWS = 1024
+AHEAD_ENVIRONMENT = "FLUTE_AHEAD_BYTES"
+AHEAD_BYTES = 4 << 20  # of the next layer, asked for as a launch ends (NOTES.md)
 SM90_BUCKETS = (
     *(16, 32, 48, 64, 96, 128, 192, 256, 384, 512),
     *(768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
@@ -103,6 +106,23 @@ def plan(
     """``entries`` as the list of numbers that ``flute::gemm`` takes."""
     found = entries(n, k, bits, group_size, parts, device, pair=pair, overlap=overlap)
     return [number for entry in found for number in entry.numbers]
+
+
+def ahead_bytes(environment: Mapping[str, str] = os.environ) -> int:
+    """Bytes of the next layer's weights that a launch asks L2 for; the environment may change it.
+
+    Raises FluteError when it is no whole number of bytes.
+    """
+    text = environment.get(AHEAD_ENVIRONMENT, "")
+    if not text:
+        return AHEAD_BYTES
+    if not text.isdecimal():
+        raise FluteError(
+            "cannot read an environment variable", where=AHEAD_ENVIRONMENT,
+            why=f"{text!r} is no number of bytes",
+            fix=f"unset it (then {AHEAD_BYTES} are asked for), or give a number; 0 for none",
+        )  # fmt: skip
+    return int(text)
 
 
 def by_rows(numbers: list[int]) -> tuple[list[int], list[list[int]]]:

@@ -16,7 +16,8 @@ from flute_vllm.errors import FluteError
 from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
 from flute_vllm.tuning.problem import ProblemBase
 
-COLUMNS = (16, 32, 64, 128)
+WARPGROUPS = {16: (8, 4), 32: (8, 4), 64: (4,), 128: (4,)}  # of a block, compiled for columns
+COLUMNS = tuple(WARPGROUPS)
 PREFILL_COLUMNS = (192, 256)
 PREFILL_TILES = 8  # 16-row tiles of a block
 PREFILL_GROUPS = 2  # warpgroups of a block that multiply
@@ -41,10 +42,10 @@ class Problem(ProblemBase):
 class Config:
     """``FluteSm90Config``, field by field. In the prefill kernel ``splits`` are the blocks that
     share a tile of y in the last round, ``stages`` the requests of weights, ``x_stages`` halves of
-    a k tile of x; ``rows`` is 2, which tells it from the other one, and ``row_groups`` 2."""
+    a k tile of x; ``warpgroups`` are the 2 that multiply, and ``row_groups`` 2."""
 
     columns: int
-    rows: int
+    warpgroups: int
     row_tiles: int
     row_groups: int = 4
     splits: int = 1
@@ -54,11 +55,11 @@ class Config:
 
     @property
     def prefill(self) -> bool:
-        return self.rows == 2 and self.columns in PREFILL_COLUMNS
+        return self.warpgroups == PREFILL_GROUPS and self.columns in PREFILL_COLUMNS
 
     @property
-    def warpgroups(self) -> int:
-        return 8 if self.columns <= 32 else 4
+    def compiled(self) -> bool:
+        return self.prefill or self.warpgroups in WARPGROUPS.get(self.columns, ())
 
     @property
     def depth(self) -> int:
@@ -76,8 +77,8 @@ class Config:
     @property
     def numbers(self) -> tuple[int, ...]:
         return (
-            self.columns, self.rows, self.row_tiles, self.row_groups, self.splits, self.stages,
-            self.x_stages, self.overlap,
+            self.columns, self.warpgroups, self.row_tiles, self.row_groups, self.splits,
+            self.stages, self.x_stages, self.overlap,
         )  # fmt: skip
 
 
@@ -132,8 +133,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     if config.prefill:
         return _prefill_launch(problem, config, device)
     if (
-        config.rows != 1
-        or config.columns not in COLUMNS
+        not config.compiled
         or config.row_tiles < 1
         or config.row_groups not in (1, 2, 4, 8)
         or config.row_groups > config.warpgroups
@@ -164,6 +164,8 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
 
     Requests of weights up to about 70 KB; then as much of x as fits.
     """
+    if not config.compiled:
+        return None
     if config.prefill:
         wanted = (config.stages,) if config.stages else (2, 3, 1)
         x_wanted = (config.x_stages,) if config.x_stages else (8, 7, 6, 5, 4, 3)
@@ -184,7 +186,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     tiles = sum(problem.part_tiles)
     if problem.m > 128:
         for columns, splits in itertools.product(PREFILL_COLUMNS, (1, 2, 4)):
-            config = Config(columns, 2, PREFILL_TILES, PREFILL_GROUPS, splits)
+            config = Config(columns, PREFILL_GROUPS, PREFILL_TILES, PREFILL_GROUPS, splits)
             if splits in (1, _prefill_rounds(problem, config, device)[2]):
                 yield config
     fitting = [c for c in COLUMNS if c < 2 * problem.m] or [COLUMNS[0]]
@@ -198,12 +200,21 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
                     tiles * splits * x_tiles / (max(1, device.blocks_at_once(splits)) * waves)
                 )
                 for row_tiles in {exact, 4 * math.ceil(exact / 4)}:
-                    for row_groups in (1, 2, 4, 8):
-                        config = Config(columns, 1, row_tiles, row_groups, splits)
+                    for warpgroups, row_groups in _groups(columns, row_tiles):
+                        config = Config(columns, warpgroups, row_tiles, row_groups, splits)
                         whole = config.k_groups == 1 and splits == 1
-                        if config.k_groups and (whole or row_tiles <= 4 * row_groups):
+                        if whole or row_tiles <= 4 * row_groups:
                             yield config
-        yield Config(columns, 1, 4, 8 if columns <= 32 else 4)  # always legal
+        yield Config(columns, 4, 4)  # always legal
+
+
+def _groups(columns: int, row_tiles: int) -> Iterator[tuple[int, int]]:
+    """Warpgroups and row groups worth a look: not eight of which half have no rows, as four do the
+    same sooner."""
+    for warpgroups, row_groups in itertools.product(WARPGROUPS[columns], (1, 2, 4, 8)):
+        idle = warpgroups == 8 and 2 * math.ceil(row_tiles / 4) <= row_groups
+        if row_groups <= warpgroups and not idle:
+            yield warpgroups, row_groups
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
@@ -220,14 +231,33 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = math.ceil(config.row_tiles / 4)  # of 64 rows
     rounds = math.ceil(tiles64 / config.row_groups)
-    # A 64 x 128 tile: measured where all warpgroups are busy, latency where few are.
-    busy = tiles64 * config.k_groups * k_each * (240 + 4 * config.columns)
-    alone = rounds * k_each * (700 + 4 * config.columns)
-    ends = 4500 + 12 * config.columns + 1500 * math.log2(config.splits)
-    ends += 300 * config.k_groups
+    tile, alone, ends = _warpgroup_clocks(config)
+    busy = tiles64 * config.k_groups * k_each * tile
+    alone *= rounds * k_each
+    ends += 1500 * math.log2(config.splits) + 300 * config.k_groups
     stored = problem.n * problem.k_tiles * problem.record_bytes / 16
     memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)
+
+
+def _warpgroup_clocks(config: Config) -> tuple[int, int, int]:
+    """Of a 64 x 128 tile where all warpgroups are busy; of a warpgroup's, where few are; of start
+    and end.
+
+    What tells four from eight are estimates, from M = 16 and 32 of twelve layers timed in two runs.
+    Busy, eight gain a tenth, but nothing where all of them split k, each with x of its own. With
+    four of the eight busy a launch took 0.5 to 1.5 us longer than with only four, which overlap the
+    halves of a tile.
+    """
+    tile, alone = 240 + 4 * config.columns, 700 + 4 * config.columns
+    ends = 4500 + 12 * config.columns
+    if config.warpgroups == 4 or config.row_groups == 1:
+        tile = max(tile, 325)  # with fewer columns four wait for one another
+    else:
+        tile = 230 + 3 * config.columns
+    if config.warpgroups == 8:
+        alone, ends = 1180 + 11 * config.columns, ends + 1000
+    return tile, alone, ends
 
 
 def select(problem: Problem, device: Device) -> Config:

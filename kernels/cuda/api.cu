@@ -7,34 +7,36 @@
 extern "C" {
 
 int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
-                 const void* x, const void* records, const void* table, void* y, void* stream) {
+                 const void* x, const void* records, const void* table, void* y,
+                 const FluteAhead* ahead, void* stream) {
   if (flute_record_words(matrix) < 0 || m < 1 || m > FLUTE_MAX_M ||
       reinterpret_cast<uintptr_t>(x) % 16)
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {
     case 4:
-      return flute::decode_w4(*matrix, *config, m, x, records, table, y, s);
+      return flute::decode_w4(*matrix, *config, m, x, records, table, y, ahead, s);
     case 3:
-      return flute::decode_w3(*matrix, *config, m, x, records, table, y, s);
+      return flute::decode_w3(*matrix, *config, m, x, records, table, y, ahead, s);
     case 2:
-      return flute::decode_w2(*matrix, *config, m, x, records, table, y, s);
+      return flute::decode_w2(*matrix, *config, m, x, records, table, y, ahead, s);
   }
   return flute::kBadShape;
 }
 
 int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
-                    const void* x, const void* records, const void* table, void* y, void* stream) {
+                    const void* x, const void* records, const void* table, void* y,
+                    const FluteAhead* ahead, void* stream) {
   if (flute_record_words(matrix) < 0 || m < 1 || reinterpret_cast<uintptr_t>(x) % 16)
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {
     case 4:
-      return flute::sm90_w4(*matrix, *config, m, x, records, table, y, s);
+      return flute::sm90_w4(*matrix, *config, m, x, records, table, y, ahead, s);
     case 3:
-      return flute::sm90_w3(*matrix, *config, m, x, records, table, y, s);
+      return flute::sm90_w3(*matrix, *config, m, x, records, table, y, ahead, s);
     case 2:
-      return flute::sm90_w2(*matrix, *config, m, x, records, table, y, s);
+      return flute::sm90_w2(*matrix, *config, m, x, records, table, y, ahead, s);
   }
   return flute::kBadShape;
 }

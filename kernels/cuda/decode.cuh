@@ -11,6 +11,7 @@
 // is rounded after the table.
 #pragma once
 
+#include "ahead.cuh"
 #include "ring.cuh"
 
 namespace flute {
@@ -31,7 +32,7 @@ struct DecodeParams {
   int row_tiles, row_warps, k_warps, splits, slots;
   int k_warps_log2, splits_log2;  // both are powers of two: an integer division costs
   int rows_each;                  // a tenth of a microsecond at the start of a block
-  uint32_t row_tiles_inverse, rows_each_inverse;  // 2^16 / d rounded up, for small dividends
+  uint32_t row_tiles_inverse, rows_each_inverse;  // see divide
   int early_slots;                             // requested before the previous kernel has finished
   int x_bytes;                                 // of the x tiles of a step
   int region_bytes;                            // of one warp: its ring, later its partial sums
@@ -39,6 +40,7 @@ struct DecodeParams {
   int first_region, low_regions, high_region;  // regions below the table, then those behind it
   int first_block[FLUTE_MAX_PARTS + 1];        // of each part
   Parts parts;
+  Ahead ahead;
 };
 
 template <int Bits_, typename T_, int XTiles_, int Groups_>
@@ -312,6 +314,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
 
+  p.ahead.ask(blockIdx.x, gridDim.x, warp, Shape::kWarps, lane);
+
   // Sum over the warps that split k, in their order.
   __syncwarp();
 #pragma unroll
@@ -324,10 +328,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const int row16 = thread % 16;
 #pragma unroll 1
     for (int unit = thread / 16; unit < p.m * p.row_tiles; unit += Shape::kThreads / 16) {
-      const int m = unit * p.row_tiles_inverse >> 16, tile = unit - m * p.row_tiles;
+      const int m = divide(unit, p.row_tiles_inverse), tile = unit - m * p.row_tiles;
       const int row = tile * kTileRows + row16;
       if (row >= block.rows) continue;
-      const int group = tile * p.rows_each_inverse >> 16;
+      const int group = divide(tile, p.rows_each_inverse);
       const uint32_t at =
           (tile - group * p.rows_each) * Shape::kPartialTile + (m * kPartialColumn + row16) * 4;
       float sum = 0;
@@ -362,7 +366,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll 1
   for (int i = split * Shape::kThreads + thread; i < p.m * stride;
        i += Shape::kThreads << p.splits_log2) {
-    const int unit = i / 16, m = unit * p.row_tiles_inverse >> 16, row = i - m * stride;
+    const int unit = i / 16, m = divide(unit, p.row_tiles_inverse), row = i - m * stride;
     if (row >= block.rows) continue;
     float sum = 0;
     for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(table + i * 4, rank);

@@ -42,7 +42,8 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
 
 template <typename Shape>
 int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, const void* x,
-                 const void* records, const void* table, void* y, cudaStream_t stream) {
+                 const void* records, const void* table, void* y, const FluteAhead* ahead,
+                 cudaStream_t stream) {
   DeviceLimits device;
   if (const int error = device.load()) return error;
   const int limit = device.shared_limit;
@@ -95,8 +96,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       log2_of(Shape::kWarps / config.row_warps),
                       log2_of(config.splits),
                       rows_each,
-                      static_cast<uint32_t>(ceil_div(1 << 16, config.row_tiles)),
-                      static_cast<uint32_t>(ceil_div(1 << 16, rows_each)),
+                      inverse_of(config.row_tiles),
+                      inverse_of(rows_each),
                       config.overlap < config.slots ? config.overlap : config.slots,
                       plan.x_bytes,
                       plan.region_bytes,
@@ -111,6 +112,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
         params.first_block[i] +
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
   const int blocks = params.first_block[matrix.parts];
+  params.ahead = make_ahead(ahead, blocks * config.splits, device.multiprocessors);
 
   return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
                        plan.total, config.splits, config.overlap && hopper, stream, params);
@@ -119,7 +121,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
 // One function for each bit width, each in a file of its own so that they build side by side.
 #define FLUTE_DECODE_ARGUMENTS                                                      \
   const FluteMatrix &matrix, const FluteDecodeConfig &config, int m, const void *x, \
-      const void *records, const void *table, void *y, cudaStream_t stream
+      const void *records, const void *table, void *y, const FluteAhead *ahead,     \
+      cudaStream_t stream
 int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
@@ -129,7 +132,7 @@ int launch_groups(FLUTE_DECODE_ARGUMENTS) {
 #define FLUTE_CASE(GROUPS)                                                                   \
   case GROUPS:                                                                               \
     return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(matrix, config, m, x, records, \
-                                                              table, y, stream)
+                                                              table, y, ahead, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
@@ -146,16 +149,17 @@ int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
   const auto launch = m <= 8    ? launch_groups<Bits, T, 1>
                       : m <= 16 ? launch_groups<Bits, T, 2>
                                 : launch_groups<Bits, T, 4>;
-  return launch(matrix, config, m, x, records, table, y, stream);
+  return launch(matrix, config, m, x, records, table, y, ahead, stream);
 }
 
 template <int Bits>
 int launch_bits(FLUTE_DECODE_ARGUMENTS) {
 #ifndef FLUTE_FEW_SHAPES
   if (matrix.dtype == FLUTE_FLOAT16)
-    return launch_x_tiles<Bits, __half>(matrix, config, m, x, records, table, y, stream);
+    return launch_x_tiles<Bits, __half>(matrix, config, m, x, records, table, y, ahead, stream);
 #endif
-  return launch_x_tiles<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
+  return launch_x_tiles<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, ahead,
+                                             stream);
 }
 
 }  // namespace flute

@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "ahead.cuh"
 #include "errors.h"
 #include "flute/launch.h"
 
@@ -89,6 +90,19 @@ inline int map_rows(CUtensorMap* map, const void* x, int m, int k, int dtype, in
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : kBadShape;
+}
+
+// `blocks` of a launch, on a device that runs one on each multiprocessor at a time.
+inline Ahead make_ahead(const FluteAhead* ahead, int blocks, int multiprocessors) {
+  Ahead made{};
+  if (ahead == nullptr || ahead->records == nullptr) return made;
+  const int64_t bytes = ahead->bytes < ahead->total ? ahead->bytes : ahead->total;
+  if (bytes < kAheadChunk) return made;  // so the stride below is a chunk or more
+  made.from = static_cast<const uint8_t*>(ahead->records);
+  made.chunks = static_cast<uint32_t>(bytes / kAheadChunk);
+  made.stride = static_cast<uint32_t>(ahead->total / made.chunks) & ~15u;
+  made.first_block = blocks > multiprocessors ? blocks - multiprocessors : 0;
+  return made;
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -12,6 +12,7 @@
 // they split k. All sums are in a fixed order.
 #pragma once
 
+#include "ahead.cuh"
 #include "sm90_products.cuh"
 
 namespace flute {
@@ -42,7 +43,7 @@ struct Sm90Params {
   int row_tiles;                       // 16-row tiles of a block
   int row_groups_log2, k_groups_log2;  // of warpgroups
   int splits_log2;
-  uint32_t row_tiles_inverse;     // 2^16 / row_tiles rounded up, for small dividends
+  uint32_t row_tiles_inverse;     // see divide
   int stages, early;              // of weights; requested before the previous kernel ends
   int x_stages, x_lag;            // of x; refilled so many k tiles after their use
   int x_offset;                   // of the first stage of x, behind the table
@@ -50,6 +51,7 @@ struct Sm90Params {
   int high_region;                // behind x, from the start of shared memory
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
+  Ahead ahead;
 };
 
 template <typename Shape>
@@ -174,6 +176,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                  ((p.n | block.first_row | block.rows) & 1) == 0, lane);
     }
   }
+  p.ahead.ask(blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y, warp,
+              4 * Shape::kWarpgroups, lane);
   if (alone) return;
 
   // Sums of all warps. All of shared memory is free.
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll 1
     for (int i = rank * Shape::kThreads + thread; i < columns * p.row_tiles * 4;
          i += ranks * Shape::kThreads) {
-      const int unit = i / 4, column = unit * p.row_tiles_inverse >> 16;
+      const int unit = i / 4, column = divide(unit, p.row_tiles_inverse);
       const int tile = unit - column * p.row_tiles, row = tile * kTileRows + i % 4 * 4;
       if (row >= block.rows) continue;
       const uint32_t from = partial((tile / 4 << p.k_groups_log2) * 4 + tile % 4);

@@ -37,7 +37,7 @@ Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
 template <typename Shape>
 int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, int m,
                       const void* x, const void* records, const void* table, void* y,
-                      cudaStream_t stream) {
+                      const FluteAhead* ahead, cudaStream_t stream) {
   DeviceLimits device;
   if (const int error = device.load()) return error;
   const int groups = config.row_groups, splits = config.splits;
@@ -68,7 +68,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.row_groups_log2 = log2_of(groups),
   params.k_groups_log2 = log2_of(Shape::kWarpgroups / groups);
   params.splits_log2 = log2_of(splits);
-  params.row_tiles_inverse = ceil_div(1 << 16, config.row_tiles);
+  params.row_tiles_inverse = inverse_of(config.row_tiles);
   params.stages = config.stages;
   params.early = config.overlap < config.stages ? config.overlap : config.stages;
   params.x_stages = config.x_stages;
@@ -84,6 +84,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
   const dim3 grid(ceil_div(m, Shape::kColumns) * splits, params.first_block[matrix.parts]);
+  params.ahead = make_ahead(ahead, grid.x * grid.y, device.multiprocessors);
   return launch_kernel(sm90_gemm_kernel<Shape>, grid, Shape::kThreads, plan.total, splits,
                        config.overlap > 0, stream, params, x_map);
 }
@@ -91,27 +92,28 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
 // One function for each bit width, each in a file of its own so that they build side by side.
 #define FLUTE_SM90_ARGUMENTS                                                      \
   const FluteMatrix &matrix, const FluteSm90Config &config, int m, const void *x, \
-      const void *records, const void *table, void *y, cudaStream_t stream
+      const void *records, const void *table, void *y, const FluteAhead *ahead,   \
+      cudaStream_t stream
 int sm90_w4(FLUTE_SM90_ARGUMENTS);
 int sm90_w3(FLUTE_SM90_ARGUMENTS);
 int sm90_w2(FLUTE_SM90_ARGUMENTS);
 
-template <int Bits, typename T, int Columns, int Rows, int Groups>
+template <int Bits, typename T, int Columns, int Warpgroups, int Groups>
 int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
-  if constexpr (Columns >= 128 && Rows == 2)
+  if constexpr (Warpgroups == kPrefillGroups)
     return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
                                                                         records, table, y, stream);
   else
-    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Groups>>(matrix, config, m, x, records,
-                                                                  table, y, stream);
+    return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Warpgroups, Groups>>(
+        matrix, config, m, x, records, table, y, ahead, stream);
 }
 
-template <int Bits, typename T, int Columns, int Rows>
+template <int Bits, typename T, int Columns, int Warpgroups>
 int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                                   \
-  case GROUPS:                                                                               \
-    return launch_sm90_kernel<Bits, T, Columns, Rows, GROUPS>(matrix, config, m, x, records, \
-                                                              table, y, stream)
+#define FLUTE_CASE(GROUPS)                                                                         \
+  case GROUPS:                                                                                     \
+    return launch_sm90_kernel<Bits, T, Columns, Warpgroups, GROUPS>(matrix, config, m, x, records, \
+                                                                    table, y, ahead, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
@@ -125,18 +127,18 @@ int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
 
 template <int Bits, typename T>
 int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(COLUMNS, ROWS)                                                              \
-  case COLUMNS * 8 + ROWS:                                                                     \
-    return launch_sm90_groups<Bits, T, COLUMNS, ROWS>(matrix, config, m, x, records, table, y, \
-                                                      stream)
-  switch (config.columns * 8 + config.rows) {
-    FLUTE_CASE(16, 1);
-    FLUTE_CASE(32, 1);
-    FLUTE_CASE(64, 1);
-    FLUTE_CASE(128, 1);
-    FLUTE_CASE(192, 2);
-    FLUTE_CASE(256, 2);
-  }
+#define FLUTE_CASE(COLUMNS, WARPGROUPS)                                                            \
+  if (config.columns == COLUMNS && config.warpgroups == WARPGROUPS)                                \
+  return launch_sm90_groups<Bits, T, COLUMNS, WARPGROUPS>(matrix, config, m, x, records, table, y, \
+                                                          ahead, stream)
+  FLUTE_CASE(16, 8);
+  FLUTE_CASE(16, 4);
+  FLUTE_CASE(32, 8);
+  FLUTE_CASE(32, 4);
+  FLUTE_CASE(64, 4);
+  FLUTE_CASE(128, 4);
+  FLUTE_CASE(192, 2);  // the prefill kernel
+  FLUTE_CASE(256, 2);
 #undef FLUTE_CASE
   return kBadConfig;
 }
@@ -145,9 +147,10 @@ template <int Bits>
 int launch_sm90_bits(FLUTE_SM90_ARGUMENTS) {
 #ifndef FLUTE_FEW_SHAPES
   if (matrix.dtype == FLUTE_FLOAT16)
-    return launch_sm90_block<Bits, __half>(matrix, config, m, x, records, table, y, stream);
+    return launch_sm90_block<Bits, __half>(matrix, config, m, x, records, table, y, ahead, stream);
 #endif
-  return launch_sm90_block<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, stream);
+  return launch_sm90_block<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, ahead,
+                                                stream);
 }
 
 }  // namespace flute

@@ -6,15 +6,16 @@
 
 namespace flute {
 
-template <int Bits_, typename T_, int Columns_, int Groups_>
+template <int Bits_, typename T_, int Columns_, int Warpgroups_, int Groups_>
 struct Sm90Shape {
   using T = T_;
   static constexpr int kBits = Bits_;
   static constexpr int kColumns = Columns_;  // rows of x of a block: 16, 32, 64, 128
   static constexpr int kGroups = Groups_;    // groups of a record: 1, 2, 4
-  // Few columns need few registers: eight warpgroups, each of which waits for its products before
-  // it decodes on, as the others fill the gaps. Four overlap the halves of a tile by themselves.
-  static constexpr int kWarpgroups = Columns_ <= 32 ? 8 : 4;  // of a block
+  // Few columns need few registers: eight warpgroups fit, each of which waits for its products
+  // before it decodes on, as the others fill the gaps. Four overlap the halves of a tile by
+  // themselves; they start and end sooner, which is what counts where each has few k tiles.
+  static constexpr int kWarpgroups = Warpgroups_;  // of a block: 4, or 8 for up to 32 columns
   static constexpr int kThreads = kWarpgroups * 128;
   static constexpr int kBuffers = kWarpgroups == 8 ? 1 : 2;  // decoded halves of a tile at a time
   // k tiles of a step, and of a request of weights: a bulk copy holds up shared memory for some

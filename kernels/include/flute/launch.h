@@ -41,18 +41,25 @@ typedef struct {
 // How a launch of the Hopper kernel for more rows of x is cut; flute_vllm/tuning/ chooses it.
 typedef struct {
   int32_t columns;     // rows of x that a block computes: 16, 32, 64, 128; 192, 256
-  int32_t rows;        // 64-row tiles of w that a warpgroup computes side by side: 1 or 2
+  int32_t warpgroups;  // of a block, that multiply: 4, or 8 for 16 and 32 columns
   int32_t row_tiles;   // 16-row tiles of w that a block computes
-  int32_t row_groups;  // groups of a block's 4 warpgroups that share these tiles: 1, 2, 4; within a
-                       // group the warpgroups split k
+  int32_t row_groups;  // groups of warpgroups that share these tiles: 1, 2, 4, 8; in a group they
+                       // split k
   int32_t splits;      // blocks of a cluster that split k: 1, 2, 4 or 8
-  int32_t stages;      // pairs of k tiles of weights in shared memory
+  int32_t stages;      // of weights in shared memory: one k tile each with 8 warpgroups, else two
   int32_t x_stages;    // k tiles of x there, for each of the warpgroups that split k
   int32_t overlap;     // as above, in steps
-  // With 192 or 256 columns another kernel runs, for tables of single values only: rows and
+  // With 192 or 256 columns another kernel runs, for tables of single values only: warpgroups and
   // row_groups are 2, row_tiles 8; splits (1, 2, 4) blocks share a tile of y if the last round has
   // few; x_stages are halves of k tiles.
 } FluteSm90Config;
+
+// What a launch asks L2 to fetch as it ends: `bytes` of the `total` bytes of the records that are
+// read next, spread evenly over them. Only a hint, used by devices that have bulk copies.
+typedef struct {
+  const void* records;
+  int64_t total, bytes;
+} FluteAhead;
 
 // Words (int32) of the internal layout of a matrix.
 FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
@@ -66,14 +73,15 @@ FLUTE_API int flute_dequantize(const FluteMatrix* matrix, const void* records, c
                                void* w, void* stream);
 
 // y [m, n] = x [m, k] * w^T, 1 <= m <= FLUTE_MAX_M. x must be 16-byte aligned and contiguous.
+// `ahead` (on the host) may be null.
 FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                            const void* x, const void* records, const void* table, void* y,
-                           void* stream);
+                           const FluteAhead* ahead, void* stream);
 
 // The same for any m, on compute capability 9.0.
 FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                               const void* x, const void* records, const void* table, void* y,
-                              void* stream);
+                              const FluteAhead* ahead, void* stream);
 
 FLUTE_API const char* flute_error_text(int error);
 

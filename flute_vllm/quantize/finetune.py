@@ -31,7 +31,7 @@ from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec, unpack
 from flute_vllm.quantize.calibration import Windows
 from flute_vllm.quantize.plan import Plan
-from flute_vllm.quantize.recipes import Tuning
+from flute_vllm.quantize.recipes import Finetuning
 from flute_vllm.quantize.scales import round_scales
 from flute_vllm.quantize.state import sum_by_index
 from flute_vllm.quantize.structure import decoder_stacks, name_candidates
@@ -118,7 +118,7 @@ def tune_scales(
     output: Path,
     plan: Plan,
     windows: Windows,
-    tuning: Tuning,
+    tuning: Finetuning,
     device: torch.device,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Found:
@@ -187,7 +187,7 @@ class _Tuner:
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, TunedLinear], windows: Windows,
-        tuning: Tuning, device: torch.device,
+        tuning: Finetuning, device: torch.device,
     ) -> None:  # fmt: skip
         self.model, self.layers, self.tuning, self.device = model, layers, tuning, device
         cut = len(windows.ids) - windows.heldout

@@ -1,0 +1,206 @@
+"""Which launches ``sanitize.py`` checks: those that reach every kernel first, then all formats."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sanitize_case import Case
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flute_vllm import tuning  # noqa: E402
+
+KERNELS = ("decode", "sm90", "prefill", "tile", "dequantize")
+COLUMNS_OF = {32: 1056, 64: 1088, 128: 1152, 256: 2304, -1: 416}  # K, by group size
+PARTS = ((), (37, 63), (24,), (40, 16, 44), (129,))  # of a layer; (): one of 333 rows
+
+
+def cases() -> Iterator[Case]:
+    """First every compiled block of every kernel once, and what few launches do; then for each
+    block all widths of codes with groups of 32, 64 and more, kernel after kernel in turn."""
+    seen: set[Case] = set()
+    later = (decode_cases(), sm90_cases(), prefill_cases(), tile_cases(), dequantize_cases())
+    for case in (*first_cases(), *in_turn(*later)):
+        if case not in seen:
+            seen.add(case)
+            yield case
+
+
+def first_cases() -> Iterator[Case]:
+    def found(
+        kind: str, m: int, *wishes: tuple[int, ...], n: int = 333, k: int = 1056, **fields
+    ) -> Iterator[Case]:
+        group = 32 if k % 128 else 128
+        for wish in wishes:
+            case = Case(kind, n, k, 4, group, **({"m": m} | fields))
+            launch = configured(case, wish)
+            if launch is None:
+                raise ValueError(f"no launch {wish} of {case}")
+            yield launch
+
+    parts = {"n": 100, "parts": (37, 63)}
+    pair, half = {"pair": True}, {"dtype": "float16"}
+    yield from found("sm90", 33, (64, 4, 4, 4, 1), ahead=1 << 20, **parts)
+    yield from found("prefill", 300, (192, 2, 8, 2, 1), **half, **parts)
+    yield from found("tile", 100, (64, 3), **pair)
+    yield from found("decode", 8, (2, 1, 1), ahead=4096, **parts)
+    yield from found("sm90", 13, (16, 8, 13, 4, 1), launches=3, **pair)
+    yield from found("sm90", 13, (16, 4, 3, 1, 4), ahead=4096, **half)
+    yield from found("prefill", 257, (256, 2, 8, 2, 4), launches=2)
+    yield from found("tile", 129, (128, 1), **half, **parts)
+    yield from found("decode", 13, (4, 4, 4), launches=3, ahead=1 << 20, **pair)
+    yield from found("sm90", 31, (32, 8, 8, 2, 2), **half, **parts)
+    yield from found("sm90", 17, (32, 4, 9, 4, 1), launches=2, ahead=4096)
+    yield from found("sm90", 129, (128, 4, 16, 4, 2), **pair, **parts)
+    yield from found("prefill", 129, (192, 2, 8, 2, 2))
+    yield from found("dequantize", 1, (), **pair, **parts)
+    yield from found("tile", 33, (64, 1), (64, 9), **parts)
+    yield from found("tile", 257, (128, 9), launches=2)
+    yield from found("decode", 32, (4, 4, 8), launches=2, **half)
+    # One request is more than the records of such a layer; one block is less than a round.
+    yield from found("decode", 1, (1, 1, 1), n=16, k=128, ahead=4096)
+    yield from found("sm90", 9, (16, 4, 4, 4, 1), n=16, k=128, ahead=4096)
+    # More blocks than a round of them: only the last round asks ahead.
+    yield from found("decode", 3, (1, 16, 1), n=2233, k=256, ahead=1 << 20)
+    yield from found("sm90", 9, (16, 4, 1, 1, 1), n=2233, k=256, ahead=1 << 20)
+    # Whole rounds of prefill blocks, then clusters that share a last one; shares without a k tile.
+    yield from found("prefill", 1147, (192, 2, 8, 2, 2), n=2939, k=256)
+    yield from found("prefill", 1147, (192, 2, 8, 2, 4), n=2939, k=544)
+    yield from found("prefill", 1147, (192, 2, 8, 2, 1), n=2939, k=256)
+    yield from found("prefill", 200, (256, 2, 8, 2, 4), k=128)
+    yield from found("sm90", 9, (16, 8, 4, 1, 8), k=128)
+
+
+def in_turn(*lists: Iterable[Case]) -> Iterator[Case]:
+    """One of each list after another, so that they end together: longer lists come more often."""
+    all_of = [list(items) for items in lists]
+    places = [(i / len(items), at, i) for at, items in enumerate(all_of) for i in range(len(items))]
+    return (all_of[at][i] for _, at, i in sorted(places))
+
+
+class Formats:
+    """Layers for one kernel: what need not meet everything else goes round in cycles, of periods
+    that leave no two of them in step."""
+
+    def __init__(self, kind: str, *, pairs: bool = True, larger: int = 1) -> None:
+        self.kind, self.larger = kind, larger
+        kinds = [(d, p) for p in (False, True) for d in ("bfloat16", "float16") if pairs or not p]
+        self.kinds = itertools.cycle(list(itertools.islice(itertools.cycle(kinds), 7)))
+        self.parts = itertools.cycle(PARTS)
+        self.large_groups = itertools.cycle((128, 256, -1))
+        # Launches in a row overlap: each reads records before the one ahead of it has ended.
+        self.launches = itertools.cycle((1, 3, 1, 1, 2, 1, 1, 1))
+        self.ahead = itertools.cycle((0, 4096, 0, 1 << 20))
+
+    def __iter__(self) -> Iterator[Case]:
+        """Every width of codes with groups of 32, of 64, and ``larger`` of the larger ones."""
+        for bits in (4, 3, 2):
+            for group in (32, 64, *itertools.islice(self.large_groups, self.larger)):
+                (dtype, pair), parts = next(self.kinds), next(self.parts)
+                launches, ahead = next(self.launches), next(self.ahead)
+                yield Case(
+                    self.kind, sum(parts) or 333, COLUMNS_OF[group], bits, group, dtype, pair,
+                    parts, launches=1 if self.kind == "dequantize" else launches,
+                    ahead=ahead if self.kind in ("decode", "sm90") else 0,
+                )  # fmt: skip
+        next(self.large_groups)  # the next time others
+
+    def launched(
+        self, rows: Iterable[int], wishes: Iterable[tuple], ends: Iterator[tuple]
+    ) -> list[Case]:
+        """With so many rows of x, and the first of the next few wishes that a launch accepts."""
+        tries, counts = itertools.cycle(wishes), itertools.cycle(rows)
+        return [first_legal(replace(case, m=next(counts)), tries, next(ends)) for case in self]
+
+
+def decode_cases() -> Iterator[Case]:
+    formats, rows = Formats("decode"), {8: (1, 8, 5), 16: (9, 16, 13), 32: (17, 32, 31)}
+    cuts = ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4))
+    slots = itertools.cycle(((), (), (3,), ()))
+    return in_turn(*[formats.launched(rows[width], cuts, slots) for width in tuning.BUCKETS])
+
+
+def sm90_cases() -> Iterator[Case]:
+    formats = Formats("sm90")
+    rows = {16: (9, 13, 16, 33), 32: (17, 31, 9, 100), 64: (33, 64, 100, 129), 128: (100, 129, 257)}
+    cuts = ((4, 4, 1), (8, 2, 2), (13, 4, 1), (3, 1, 4), (23, 8, 1), (4, 4, 8), (4, 1, 1))
+    stages = itertools.cycle(((), (1, 2), (), (2, 3)))  # few: a ring that wraps soon
+    blocks = [(c, w) for c in tuning.sm90.COLUMNS for w in tuning.sm90.WARPGROUPS[c]]
+    return in_turn(
+        *[formats.launched(rows[b[0]], [(*b, *cut) for cut in cuts], stages) for b in blocks]
+    )
+
+
+def prefill_cases() -> Iterator[Case]:
+    formats = Formats("prefill", pairs=False, larger=2)
+    rows = {192: (129, 300, 192), 256: (257, 300, 129)}
+    stages = itertools.cycle(((), (1, 4), (), (3, 0), (1, 3)))
+    return in_turn(
+        *[
+            formats.launched(
+                rows[columns], [(columns, 2, 8, 2, splits) for splits in (1, 2, 4, 2)], stages
+            )
+            for columns in tuning.sm90.PREFILL_COLUMNS
+        ]
+    )
+
+
+def tile_cases() -> Iterator[Case]:
+    formats, rows = Formats("tile", larger=2), {64: (33, 9, 100, 64, 17), 128: (129, 100, 257, 300)}
+    slots = itertools.cycle(((), (2, 2), ()))
+    return in_turn(
+        *[
+            formats.launched(rows[tokens], [(tokens, s) for s in (1, 3, 2, 1, 4)], slots)
+            for tokens in tuning.tile.TOKENS
+        ]
+    )
+
+
+def dequantize_cases() -> Iterator[Case]:
+    return iter(Formats("dequantize", larger=3))
+
+
+def first_legal(case: Case, wishes: Iterator[tuple], end: tuple[int, ...]) -> Case:
+    """``end``: how deep the rings are to be, where that fits."""
+    for wish in itertools.islice(wishes, 12):
+        for rest in (end, ()):
+            if (found := configured(case, (*wish, *rest))) is not None:
+                return found
+    raise ValueError(f"no launch of {case}")
+
+
+def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
+    """The case with a launch that begins like ``wish``; None where that is not legal."""
+    sizes = (case.n, case.k, case.m, case.bits, case.group_size, case.parts)
+    overlap = 1 if case.launches > 1 else 0
+    full: tuning.Config | tuning.sm90.Config | tuning.tile.Config | None
+    if case.kind == "dequantize":
+        return case
+    if case.kind == "decode":
+        config = tuning.Config(*wish)
+        full = tuning.complete(
+            tuning.Problem(*sizes), replace(config, overlap=overlap), tuning.H200
+        )
+    elif case.kind == "tile":
+        problem = tuning.tile.Problem(*sizes)
+        slots = [wish[2:]] if len(wish) > 2 else tuning.tile.SLOTS[wish[0]]
+        tries = (tuning.tile.Config(*wish[:2], *pair) for pair in slots)
+        full = next((c for c in tries if tuning.tile.launch(problem, c, tuning.H200)), None)
+    else:
+        hopper = replace(tuning.sm90.Config(*wish), overlap=overlap)
+        full = tuning.sm90.complete(tuning.sm90.Problem(*sizes, case.pair), hopper, tuning.H200)
+    return None if full is None else replace(case, config=full.numbers)
+
+
+def barriers(case: Case) -> int:
+    """Of a block in shared memory, used or not: the tools overflow when they count too few."""
+    if case.kind == "decode":
+        return tuning.WARPS * (tuning.MAX_SLOTS + 1)
+    if case.kind == "sm90":
+        return tuning.sm90.Config(*case.config).barrier_bytes // 8
+    if case.kind == "prefill":  # filled and emptied, of each warpgroup's weights and of x
+        return (tuning.sm90.PREFILL_GROUPS + 1) * 2 * tuning.sm90.PREFILL_STAGES
+    return 0
