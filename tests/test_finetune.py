@@ -17,9 +17,9 @@ from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec
 from flute_vllm.quantize import finetune
+from flute_vllm.quantize.finetune import TunedLinear
 from flute_vllm.quantize.model import quantize_checkpoint
 from flute_vllm.quantize.plan import QuantizeSettings
-from flute_vllm.quantize.finetune import TunedLinear
 from flute_vllm.validate import validate_checkpoint
 from flute_vllm.writer import replace_tensors
 
@@ -140,7 +140,7 @@ def test_a_table_of_the_user_stays(dense_folder, tmp_path):
 def test_a_device_that_is_too_small_leaves_it_out_with_a_warning(
     dense_folder, settings, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(tune.os, "sysconf", lambda name: 1000)
+    monkeypatch.setattr(finetune.os, "sysconf", lambda name: 1000)
     report = quantize_checkpoint(dense_folder, tmp_path / "out", settings)
     assert report["finetuning"]["left_out"] in caplog.text
     (told,) = [r.getMessage() for r in caplog.records if "not tuned" in r.getMessage()]

@@ -21,6 +21,7 @@ from flute_vllm.checkpoint import Checkpoint, read_json
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.allocate import allocate, shipped_options
 from flute_vllm.quantize.calibration import Windows
+from flute_vllm.quantize.finetune import load_or_tune, tune_scales
 from flute_vllm.quantize.journal import SCRATCH, JournalFolder, source_fingerprint
 from flute_vllm.quantize.learned import load_or_train, train_scales, with_scales
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit, plan_checkpoint
@@ -35,7 +36,6 @@ from flute_vllm.quantize.stream import (
     open_windows,
 )
 from flute_vllm.quantize.tensor import load_group, start_state
-from flute_vllm.quantize.finetune import load_or_tune, tune_scales
 from flute_vllm.schema import module_matches
 from flute_vllm.writer import ShardWriter, file_nbytes, replace_tensors
 
