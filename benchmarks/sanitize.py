@@ -39,6 +39,7 @@ from sanitize_cases import barriers, cases  # noqa: E402
 from flute_vllm.errors import FluteError  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FINDING_LINES, MOST_FAILURES = 5, 100  # kept of a report, and in the file
 FOUND = 86  # exit code that the tool gives when it has found something
 FIRST_PORT, PORTS = 41000, 8  # runs side by side must not share the ports of the tool
 DOUBTS = ("might be incorrect", "Internal Sanitizer Error", "Target application terminated")
@@ -82,11 +83,16 @@ def judge(case: Case, code: int, output: str) -> Outcome:
         return Outcome(case, errors, "an output is NaN: not written, or computed so")
     if errors == 0 and code == 0 and not doubt:
         return Outcome(case, 0, "")
-    shown = doubt or next(
-        (line.strip("= ") for line in output.splitlines() if line.startswith("========= ") and
-         any(word in line for word in ("Error", "Invalid", "hazard", "Barrier", "Uninit"))), "",
-    )  # fmt: skip
-    return Outcome(case, errors, f"exit code {code}: {shown or output.strip()[-300:]}"[:400])
+    shown = doubt or _first_finding(output) or output.strip()[-300:]
+    return Outcome(case, errors, f"exit code {code}: {shown}"[:1200])
+
+
+def _first_finding(output: str) -> str:
+    """The first report of the tool with the lines that say where: a hazard has two places."""
+    lines = [line.strip("= ") for line in output.splitlines() if line.startswith("========= ")]
+    words = ("Error", "Invalid", "hazard", "Barrier", "Uninit")
+    first = next((i for i, line in enumerate(lines) if any(word in line for word in words)), None)
+    return "" if first is None else " | ".join(lines[first : first + FINDING_LINES])
 
 
 def _is_doubt(line: str) -> bool:
@@ -195,7 +201,7 @@ class Record:
             "command": f"{self.command} CASE",
             "failures": [
                 {"case": json.loads(o.case.text()), "errors": o.errors, "text": o.text}
-                for o in bad[:20]
+                for o in bad[:MOST_FAILURES]
             ],
         }  # fmt: skip
 

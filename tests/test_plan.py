@@ -69,7 +69,6 @@ def test_measured_entries_are_legal():
         if numbers[0] == tuning.SM90:
             problem = sm90.Problem(n, k, m, bits, 128)
             config = sm90.Config(*numbers[1:])
-            assert config.warpgroups == (2 if config.prefill else 8 if config.columns <= 32 else 4)
             assert sm90.complete(problem, config, tuning.H200), key
 
 
