@@ -150,7 +150,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
     warps = 4 * config.warpgroups
     low = min(warps, (before - config.barrier_bytes) // region)
-    sums = warps * config.columns * (TILE_ROWS + 4) * 4
+    sums = config.barrier_bytes + warps * config.columns * (TILE_ROWS + 4) * 4
     total = max(high + (warps - low) * region, sums)
     if total > device.shared_bytes:
         return None

@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   TableFill<Shape::kBits, Shape::kThreads> fill;
   fill.load(part_table, p.pair_table);
 
-  // Shared memory: barriers, some warps' rings | table | x, the other rings. Later partial sums.
+  // Shared memory: barriers | some warps' rings | table | x, the other rings. Later partial sums,
+  // but never over the barriers.
   const uint32_t base = shared_address(shared);
   const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
@@ -180,9 +181,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
               4 * Shape::kWarpgroups, lane);
   if (alone) return;
 
-  // Sums of all warps. All of shared memory is free.
+  // Sums of all warps. All of shared memory is free but for the barriers: PTX lets an mbarrier's
+  // place be used otherwise only once it has been invalidated. Sums that lay there were NaN at
+  // times while other processes used the GPU (NOTES.md).
   constexpr int kPartialBytes = sm90_partial_bytes(Shape::kColumns);
-  auto partial = [&](int w) { return base + w * kPartialBytes; };
+  const uint32_t partials = base + sm90_barrier_bytes(Shape::kWarpgroups);
+  auto partial = [&](int w) { return partials + w * kPartialBytes; };
   __syncthreads();
   if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
   __syncthreads();

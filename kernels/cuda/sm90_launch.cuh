@@ -15,7 +15,8 @@ struct Sm90Shared {
   int x_offset, region_bytes, low_regions, high_region, total;
 };
 
-// Barriers and some rings | the table | x and the other rings; the partial sums come over all that.
+// Barriers | some rings | the table | x and the other rings. The partial sums come over all that
+// but the barriers.
 template <typename Shape>
 Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
   constexpr int kWarps = Shape::kWarpgroups * 4;
@@ -28,7 +29,8 @@ Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
   plan.low_regions = (before - sm90_barrier_bytes(Shape::kWarpgroups)) / plan.region_bytes;
   if (plan.low_regions > kWarps) plan.low_regions = kWarps;
   plan.total = plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
-  const int sums = kWarps * sm90_partial_bytes(Shape::kColumns);
+  const int sums =
+      sm90_barrier_bytes(Shape::kWarpgroups) + kWarps * sm90_partial_bytes(Shape::kColumns);
   if (sums > plan.total) plan.total = sums;
   if (plan.total > limit) plan.total = -1;
   return plan;
