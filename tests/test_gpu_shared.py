@@ -39,7 +39,7 @@ LAUNCHES = {
     "both": (257, tuning.SM90, (16, 8, 1, 4, 4, 2, 4, 4)),
     "none": (257, tuning.SM90, (16, 4, 4, 4, 1, 2, 4, 0)),
     "prefill": (2048, tuning.SM90, (256, 2, 8, 2, 1, 2, 5, 0)),
-    "decode": (8, tuning.DECODE, (1, 1, 2, 3, 0)),
+    "decode": (16, tuning.DECODE, (1, 1, 2, 3, 0)),
     "torch": (2048, None, ()),
 }
 
