@@ -32,6 +32,7 @@ from kernel_library import Layer, Library, device
 from flute_vllm import tuning
 from flute_vllm.tools import peers as peer_library
 from flute_vllm.tools.timing import Budget, copies_for, graph_us, roofline
+from flute_vllm.tools.tune import decode_candidates
 
 SHAPES = {
     "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
@@ -158,18 +159,6 @@ def _call(call, tensors: tuple, x: torch.Tensor) -> torch.Tensor:
     return call(x, tensors)
 
 
-def sweep_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int):
-    """Launches of the decode kernel; ``flute-vllm tune`` has those of the others."""
-    full = {}
-    for config in tuning.candidates(problem, gpu):
-        for slots in (0, 2, 3):
-            done = tuning.complete(problem, replace(config, slots=slots), gpu)
-            if done is not None:
-                full[done] = tuning.efficiency(problem, done, gpu)
-    ranked = sorted(full, key=full.get, reverse=True)[:limit]
-    return [tuning.Entry(problem.m, tuning.DECODE, config.numbers) for config in ranked]
-
-
 def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: float, arguments):
     """(microseconds, with overlap, as the plugin launches, entry): the best of a sweep.
 
@@ -191,7 +180,7 @@ def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: f
     if arguments.sweep and found[0].kernel == tuning.DECODE:
         matrix = case.layer.matrix
         problem = tuning.Problem(matrix.n, matrix.k, m, matrix.bits, matrix.group_size)
-        found = sweep_candidates(problem, ours.gpu, arguments.sweep)
+        found = decode_candidates(problem, ours.gpu, arguments.sweep)
     plain, entry = min(((timed(entry, 0), entry) for entry in found), key=lambda p: p[0])
     if entry.kernel not in (tuning.DECODE, tuning.SM90):
         return plain, None, None, entry

@@ -269,6 +269,16 @@ def writing(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """For a file that is there whole or not at all: yields where to write it, then renames that."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with writing(path):
+        yield unfinished
+        fsync(unfinished)
+        unfinished.rename(path)
+
+
 def fsync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -35,7 +35,7 @@ from flute_vllm.quantize.recipes import Finetuning
 from flute_vllm.quantize.scales import round_scales
 from flute_vllm.quantize.state import sum_by_index
 from flute_vllm.quantize.structure import decoder_stacks, name_candidates
-from flute_vllm.writer import fsync, writing
+from flute_vllm.writer import whole_file
 
 logger = logging.getLogger(__name__)
 FLOAT32_PARAMETERS = 1 << 30  # up to here in float32: bfloat16 logits are as far off as 4 bits are
@@ -317,9 +317,6 @@ def load_or_tune(path: Path, tune: Callable[[], Found]) -> Found:
             measured = json.loads(file.metadata()["measured"])
             return {name: file.get_tensor(name) for name in file.keys()}, measured  # noqa: SIM118
     tensors, measured = tune()
-    unfinished = path.with_name(path.name + ".unfinished")
-    with writing(path):
+    with whole_file(path) as unfinished:
         save_file(tensors, unfinished, {"measured": json.dumps(measured)})
-        fsync(unfinished)
-        unfinished.rename(path)
     return tensors, measured

@@ -23,7 +23,7 @@ from flute_vllm.quantize.plan import Plan
 from flute_vllm.quantize.recipes import Training
 from flute_vllm.quantize.scales import Quantizer, round_scales
 from flute_vllm.quantize.state import State, Statistics, row_blocks
-from flute_vllm.writer import fsync, writing
+from flute_vllm.writer import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,6 @@ def load_or_train(path: Path, train: Callable[[], dict[str, torch.Tensor]]) -> d
     if path.is_file():
         return load_file(path)
     scales = train()
-    unfinished = path.with_name(path.name + ".unfinished")
-    with writing(path):
+    with whole_file(path) as unfinished:
         save_file({name: value.contiguous() for name, value in scales.items()}, unfinished)
-        fsync(unfinished)
-        unfinished.rename(path)
     return scales

@@ -66,9 +66,8 @@ class Finetuning(BaseModel):
         table_rate: of table values, the largest of which begins near 1.
         epochs: how often each window is seen.
         tokens: of one step.
-        text: share of the text's own loss that is added to the KL divergence. More
-            than a little fits the model to the text: 25 M model, 4 bits, 32 windows, KL .00588 to
-            .00686 at 0.1; bundled model .0128 to .0128 at 0.1, .0147 at 0.25.
+        text: share of the text's own loss that is added to the KL divergence. More than a little
+            fits the model to the text (benchmarks/NOTES.md).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

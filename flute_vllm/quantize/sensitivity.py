@@ -22,7 +22,7 @@ from flute_vllm.quantize.lloyd import learn_table
 from flute_vllm.quantize.state import Statistics
 from flute_vllm.quantize.structure import name_candidates
 from flute_vllm.quantize.tensor import start_state
-from flute_vllm.writer import fsync, writing
+from flute_vllm.writer import whole_file
 
 TOKENS = 2048
 _LENGTH = 256  # short windows: what errors cost depends little on it, attention's memory does
@@ -104,10 +104,7 @@ def load_or_measure(path: Path, measure: Callable[[], dict[Group, float]]) -> di
     if path.is_file():
         return {tuple(entry["group"]): entry["loss"] for entry in json.loads(path.read_text())}
     losses = measure()
-    unfinished = path.with_name(path.name + ".unfinished")
-    with writing(path):
-        listed = [{"group": list(group), "loss": loss} for group, loss in losses.items()]
+    listed = [{"group": list(group), "loss": loss} for group, loss in losses.items()]
+    with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(listed))
-        fsync(unfinished)
-        unfinished.rename(path)
     return losses

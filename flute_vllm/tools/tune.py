@@ -136,9 +136,8 @@ def tune_layer(
 
 def place_of(layer: LinearLayer, m: int) -> tuple[str, str]:
     """Section and key of an entry in the file."""
-    few = m <= FEW_ROWS
-    rows = FEW_ROWS if few else m
-    return "decode" if few else "sm90", f"{layer.n},{layer.k},{rows},{layer.spec.bits}"
+    section = "decode" if m <= FEW_ROWS else "sm90"
+    return section, f"{layer.n},{layer.k},{max(m, FEW_ROWS)},{layer.spec.bits}"
 
 
 def write(path: Path, found: dict) -> None:

@@ -244,10 +244,10 @@ def _warpgroup_clocks(config: Config) -> tuple[int, int, int]:
     """Of a 64 x 128 tile where all warpgroups are busy; of a warpgroup's, where few are; of start
     and end.
 
-    What tells four from eight are estimates, from M = 16 and 32 of twelve layers timed in two runs.
-    Busy, eight gain a tenth, but nothing where all of them split k, each with x of its own. With
-    four of the eight busy a launch took 0.5 to 1.5 us longer than with only four, which overlap the
-    halves of a tile.
+    What tells four from eight are estimates, from M = 16 and 32 of twelve layers timed in two runs
+    (results/h200/kernels.json at 9c3138a and eafafd3). Busy, eight gain a little, but nothing where
+    all of them split k, each with x of its own. With four of the eight busy a launch took longer
+    than with only four, which overlap the halves of a tile.
     """
     tile, alone = 240 + 4 * config.columns, 700 + 4 * config.columns
     ends = 4500 + 12 * config.columns
