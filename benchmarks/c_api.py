@@ -17,9 +17,8 @@ class Matrix(ctypes.Structure):
 
 
 class DecodeConfig(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("row_tiles", "row_warps", "splits", "slots", "overlap")
-    ]
+    FIELDS = ("row_tiles", "row_warps", "splits", "slots", "warps", "overlap")
+    _fields_ = [(name, ctypes.c_int32) for name in FIELDS]
 
 
 class Sm90Config(ctypes.Structure):

@@ -56,7 +56,8 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
             splits = (1, 2, 4, 8) if gpu.capability >= 90 else (1,)
             config = tuning.Config(
                 rng.choice((1, 2, 3, 5, 7, 8, 14, 31, 60, 120)), rng.choice((1, 2, 4, 8, 16)),
-                rng.choice(splits), rng.choice((0, 2, 3, 6)), rng.choice((0, 0, 1, 4)),
+                rng.choice(splits), rng.choice((0, 2, 3, 6)), rng.choice(tuning.BLOCK_WARPS),
+                rng.choice((0, 0, 1, 4)),
             )  # fmt: skip
             full = tuning.complete(tuning.Problem(*problem), config, gpu)
         elif kernel == tuning.SM90:

@@ -116,9 +116,7 @@ class Library:
         records: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``records`` replaces those of the layer: a copy, in rotation."""
-        c = DecodeConfig(
-            config.row_tiles, config.row_warps, config.splits, config.slots, config.overlap
-        )
+        c = DecodeConfig(*config.numbers)
         records = layer.records if records is None else records
         arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, layer.ahead())
         self._call(self.c.flute_decode, layer.matrix, *arguments)

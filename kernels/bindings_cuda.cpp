@@ -179,7 +179,7 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
   int error = 0;
   switch (entry.kernel) {
     case kDecode: {
-      const FluteDecodeConfig config = {c[0], c[1], c[2], c[3], c[4]};
+      const FluteDecodeConfig config = {c[0], c[1], c[2], c[3], c[4], c[5]};
       error = flute_decode(&matrix, &config, int32_t(m), from, records, values, to, &ahead, stream);
       break;
     }

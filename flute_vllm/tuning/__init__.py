@@ -5,6 +5,7 @@ what makes a launch legal mirrored from C++, so that they can be tested without 
 """
 
 from flute_vllm.tuning.decode import (
+    BLOCK_WARPS,
     BUCKETS,
     ENVIRONMENT,
     MAX_ROWS,
@@ -60,6 +61,7 @@ __all__ = [
     "ENTRY_NUMBERS",
     "DENSE",
     "DECODE",
+    "BLOCK_WARPS",
     "BUCKETS",
     "CONFIG_FOLDER",
     "Config",

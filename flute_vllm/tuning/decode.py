@@ -1,9 +1,10 @@
 """How a decode launch is cut: problem -> config -> launch, pure functions of what is known at load.
 
 The kernel (``kernels/cuda/decode.cuh``) computes ``y[M, N] = x[M, K] w[N, K]^T`` for M <= 32. A
-config says how many 16-row tiles a block takes, how its 16 warps divide them, and over how many
-blocks of a cluster k is split. Nothing here looks at a tensor or a clock, so the choice is the same
-before, during and after CUDA graph capture.
+config says how many 16-row tiles a block takes, how its warps divide them, and over how many blocks
+of a cluster k is split. A block has 16 warps, or 8 where two blocks are to fit a multiprocessor.
+Nothing here looks at a tensor or a clock, so the choice is the same before, during and after CUDA
+graph capture.
 
 Order of precedence: the environment variable ``FLUTE_DECODE_CONFIG``, a measured entry of
 ``configs/tuning/<device>.json``, the heuristic.
@@ -24,11 +25,15 @@ from flute_vllm.tuning.problem import ProblemBase
 
 logger = logging.getLogger(__name__)
 
-WARPS = 16
+WARPS, SMALL_WARPS = 16, 8
+BLOCK_WARPS = (WARPS, SMALL_WARPS)
 MAX_ROWS = 32  # of x
 MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
 X_ROW_BYTES = 2 * TILE_K + 16
+BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
+SHARED_RESERVED = 1024  # the system's share at the start of a block's shared memory
+SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
 
 
@@ -51,11 +56,15 @@ class Config:
     row_warps: int = 1
     splits: int = 1
     slots: int = 0  # 0: chosen here, in `complete`
+    warps: int = WARPS
     overlap: int = 0  # see FluteDecodeConfig
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        return (self.row_tiles, self.row_warps, self.splits, self.slots, self.overlap)
+        return (
+            *(self.row_tiles, self.row_warps, self.splits),
+            *(self.slots, self.warps, self.overlap),
+        )
 
     @property
     def rows_each(self) -> int:
@@ -63,7 +72,7 @@ class Config:
 
     @property
     def k_warps(self) -> int:
-        return WARPS // self.row_warps
+        return self.warps // self.row_warps
 
 
 @dataclass(frozen=True)
@@ -80,14 +89,34 @@ def max_rows_each(width: int) -> int:
     return {8: 8, 16: 4, 32: 2}[width]
 
 
+def table_bytes(device: Device) -> int:
+    return 256 * (256 if device.wide_table else 128)
+
+
+def small_shared_bytes(problem: Problem, config: Config, device: Device) -> int | None:
+    """As plan_small in decode_launch.cuh: None where not every warp has room for a request.
+
+    Where not all of them have room for ``slots``, the last ones have one less.
+    """
+    if device.capability < 90 or not device.wide_table or problem.width > 8:
+        return None
+    slot = problem.depth * problem.record_bytes
+    half = (device.shared_bytes + SHARED_RESERVED) // 2 - SHARED_RESERVED
+    whole = SMALL_TABLE_AT + table_bytes(device) + SMALL_WARPS * config.slots * slot
+    shorter = max(0, math.ceil((whole - half) / slot))
+    if shorter >= SMALL_WARPS or config.slots == (shorter > 0):
+        return None
+    return whole - shorter * slot
+
+
 def shared_bytes(problem: Problem, config: Config, device: Device) -> int:
     """As plan_shared in decode_launch.cuh."""
     partial = config.rows_each * problem.width * 20 * 4
     region = max(config.slots * problem.depth * problem.record_bytes, partial)
-    before = (0x10000 if device.wide_table else 0x8000) - 1024
-    table = 256 * (256 if device.wide_table else 128)
+    before = (0x10000 if device.wide_table else 0x8000) - SHARED_RESERVED
+    table = table_bytes(device)
     x = config.k_warps * problem.depth * problem.m * X_ROW_BYTES
-    first, high = WARPS * (MAX_SLOTS + 1) * 8 + X_ROW_BYTES, before + table
+    first, high = WARPS * BARRIER_BYTES + X_ROW_BYTES, before + table
     if first + x <= before:
         first += x
     else:
@@ -101,26 +130,32 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     splits_fit = config.splits in (1, 2, 4, 8) and (config.splits == 1 or device.capability >= 90)
     least_slots = config.rows_each + 1 if problem.width == 32 else 1
     sums = config.row_tiles * TILE_ROWS * problem.m * 4 if config.splits > 1 else 0
-    table = 256 * (256 if device.wide_table else 128)
     if (
         config.row_tiles < 1
         or config.row_tiles > 128
+        or config.warps not in BLOCK_WARPS
         or config.row_warps not in (1, 2, 4, 8, 16)
+        or config.row_warps > config.warps
         or config.rows_each > max_rows_each(problem.width)
         or not splits_fit
         or not least_slots <= config.slots <= MAX_SLOTS
-        or sums > table
-        or shared_bytes(problem, config, device) > device.shared_bytes
     ):
         return None
+    if config.warps == SMALL_WARPS:
+        shared = small_shared_bytes(problem, config, device)
+        room = 0 if shared is None else shared - SMALL_TABLE_AT - table_bytes(device)
+    else:
+        shared, room = shared_bytes(problem, config, device), table_bytes(device)
+    if shared is None or shared > device.shared_bytes or sums > room:
+        return None
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    return Launch(blocks * config.splits, shared_bytes(problem, config, device), config.splits)
+    return Launch(blocks * config.splits, shared, config.splits)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     """Fills in ``slots``: up to 80 KiB in flight a block, or what fits; None if nothing does."""
     least = config.rows_each + 1 if problem.width == 32 else 1
-    wanted = config.slots or 80 * 1024 // (WARPS * problem.depth * problem.record_bytes)
+    wanted = config.slots or 80 * 1024 // (config.warps * problem.depth * problem.record_bytes)
     for slots in range(max(min(wanted, MAX_SLOTS), least), least - 1, -1):
         full = replace(config, slots=slots)
         if launch(problem, full, device) is not None:
@@ -190,11 +225,11 @@ def _parse_wish(text: str) -> list[int]:
         numbers = [int(number) for number in text.split(",")]
     except ValueError:
         numbers = []
-    if not 1 <= len(numbers) <= 5:
+    if not 1 <= len(numbers) <= 6:
         raise FluteError(
             "cannot read a launch configuration",
             where=f"{ENVIRONMENT}={text}",
-            why="it must be one to five numbers: row_tiles,row_warps,splits,slots,overlap",
+            why="it must be one to six numbers: row_tiles,row_warps,splits,slots,warps,overlap",
             fix="for example 4,2,1",
         )
     return numbers
@@ -214,7 +249,7 @@ def select(
 ) -> Config:
     """The config of a problem. A wish that is not legal for it is passed over, with a warning.
 
-    Raises FluteError when the environment variable is not one to five numbers.
+    Raises FluteError when the environment variable is not one to six numbers.
     """
     choices = []
     if text := environment.get(ENVIRONMENT):

@@ -12,13 +12,9 @@
 #pragma once
 
 #include "ahead.cuh"
-#include "ring.cuh"
+#include "decode_operands.cuh"
 
 namespace flute {
-
-constexpr int kXRow = kTileK * 2 + 16;  // bytes; the pad keeps ldmatrix free of bank conflicts
-constexpr int kPartialColumn = 16 + 4;  // floats of one column of x; the pad likewise
-constexpr int kBarrierBytes = (kMaxSlots + 1) * 8;
 
 // What a launch needs; filled by decode_launch.cuh from FluteMatrix and FluteDecodeConfig.
 struct DecodeParams {
@@ -38,151 +34,31 @@ struct DecodeParams {
   int region_bytes;                            // of one warp: its ring, later its partial sums
   int x_offset;                                // of all x tiles, from the start of shared memory
   int first_region, low_regions, high_region;  // regions below the table, then those behind it
+  int full_regions;                            // of a small block; the others have a slot less
   int first_block[FLUTE_MAX_PARTS + 1];        // of each part
   Parts parts;
   Ahead ahead;
 };
 
-template <int Bits_, typename T_, int XTiles_, int Groups_>
-struct DecodeShape {
-  using T = T_;
-  static constexpr int kBits = Bits_;
-  static constexpr int kXTiles = XTiles_;  // 8-row tiles of x: 1, 2, 4
-  static constexpr int kGroups = Groups_;  // groups in a tile: 1, 2, 4
-  static constexpr int kWarps = 16;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kMaxRows = XTiles_ == 1 ? 8 : XTiles_ == 2 ? 4 : 2;  // row tiles of a warp
-  // x in registers: a whole tile, or half a tile at a time where that would be too many.
-  static constexpr int kHalves = XTiles_ == 4 ? 2 : 1;
-  static constexpr int kXFragments = kFragments / kHalves;
-  // k tiles that a warp requests and multiplies in one step. A bulk copy holds up shared memory for
-  // 15 clocks whatever its size, a quarter of a tile's time (NOTES.md): the fewer the better.
-  static constexpr int kDepth = XTiles_ == 1 ? 2 : 1;
-  static constexpr int kRecord = record_bytes(Bits_, Groups_);
-  static constexpr int kSlot = kDepth * kRecord;
-  static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
-};
-
-// One k tile of x: requested while the previous one is multiplied, then held in registers.
 template <typename Shape>
-struct XTile {
-  uint32_t fragment[Shape::kXFragments][Shape::kXTiles][2];
-
-  // Warp `part` of `parts` that use the same tiles requests its share of the rows of `depth` tiles.
-  static __device__ __forceinline__ void request(const DecodeParams& p, uint32_t to,
-                                                 uint32_t barrier, int k_tile, int depth, int part,
-                                                 int parts, int lane) {
-    // Half a warp copies a row. k is a multiple of 32, so 16 bytes are all inside or all outside.
-    const int chunk = lane % 16;
-    for (int d = 0; d < depth; d++, to += p.m * kXRow) {
-      const int k = (k_tile + d) * kTileK + chunk * 8;
-      const bool inside = k < p.k;
-      const uint8_t* from = static_cast<const uint8_t*>(p.x) + (inside ? 2 * k : 0);
-#pragma unroll 1
-      for (int row = 2 * part + lane / 16; row < p.m; row += 2 * parts)
-        copy16(to + row * kXRow + chunk * 16, from + row * static_cast<int64_t>(2 * p.k), inside);
-    }
-    copies_arrive(barrier);
-  }
-  // `row[t]`: this lane's ldmatrix row of x tile t, or of zeros past the last row of x.
-  __device__ __forceinline__ void load(const uint32_t (&row)[Shape::kXTiles],
-                                       const uint32_t (&next)[Shape::kXTiles], int d, int half) {
-#pragma unroll
-    for (int t = 0; t < Shape::kXTiles; t++)
-#pragma unroll
-      for (int f = 0; f < Shape::kXFragments; f += 2) {
-        uint32_t r[4];
-        load_matrices(r, row[t] + d * next[t] + (half * Shape::kXFragments + f) * 32);
-        fragment[f][t][0] = r[0], fragment[f][t][1] = r[1];
-        fragment[f + 1][t][0] = r[2], fragment[f + 1][t][1] = r[3];
-      }
-  }
-};
-
-// Scales of the rows that a lane's sums belong to (g and g + 8), for each group of a tile.
-template <typename Shape>
-struct Scales {
-  uint32_t word[Shape::kGroups];
-  __device__ __forceinline__ void load(uint32_t record, int lane) {
-    const uint32_t at = record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
-    if constexpr (Shape::kGroups == 1) {
-      word[0] = load_shared(at);
-    } else if constexpr (Shape::kGroups == 2) {
-      const uint2 v = load_shared2(at);
-      word[0] = v.x, word[1] = v.y;
-    } else {
-      const uint4 v = load_shared4(at);
-      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
-    }
-  }
-};
-
-template <typename Shape>
-using Sums = float[Shape::kXTiles][4];
-
-// sums += tile * x, for all of a tile's columns or one half of them
-template <typename Shape>
-__device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Shape::kBits>& codes,
-                                              const Scales<Shape>& scales, const XTile<Shape>& x,
-                                              const Decoder<Shape::kBits>& decoder, int half) {
-  using T = typename Shape::T;
-  constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
-  constexpr int kInStep =
-      kFragmentsInGroup < Shape::kXFragments ? kFragmentsInGroup : Shape::kXFragments;
-  // Even and odd fragments apart: a chain of dependent products is half as long. With four x
-  // tiles there are four chains already.
-  constexpr bool kTwoChains = Shape::kXTiles < 4;
-#pragma unroll
-  for (int begin = 0; begin < Shape::kXFragments; begin += kInStep) {
-    float even_part[Shape::kXTiles][4] = {}, odd_part[Shape::kXTiles][4] = {};
-#pragma unroll
-    for (int f = begin; f < begin + kInStep; f += 2) {
-      uint32_t even[4], odd[4];
-      decoder.decode(even, odd, codes, (half * Shape::kXFragments + f) / 2);
-#pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++) multiply<T>(even_part[t], even, x.fragment[f][t]);
-#pragma unroll
-      for (int t = 0; t < Shape::kXTiles; t++)
-        multiply<T>(kTwoChains ? odd_part[t] : even_part[t], odd, x.fragment[f + 1][t]);
-    }
-    const float2 scale =
-        widen<T>(scales.word[(half * Shape::kXFragments + begin) / kFragmentsInGroup]);
-#pragma unroll
-    for (int t = 0; t < Shape::kXTiles; t++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        sums[t][i] += (i < 2 ? scale.x : scale.y) *
-                      (kTwoChains ? even_part[t][i] + odd_part[t][i] : even_part[t][i]);
-  }
-}
-
-// A row tile's sums of one warp, as columns of 16 floats: [row of x][row of w].
-template <typename Shape>
-__device__ __forceinline__ void store_partial(uint32_t to, const Sums<Shape>& sums, int lane) {
-  const int g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int tile = 0; tile < Shape::kXTiles; tile++)
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      store_shared_float(
-          to + ((tile * 8 + 2 * t + (i & 1)) * kPartialColumn + g + 8 * (i >> 1)) * 4,
-          sums[tile][i]);
-}
-
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
+  if constexpr (Shape::kSmall && !FLUTE_HAS_BULK) return;
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   const int split = blockIdx.x & (p.splits - 1);
   const BlockRows block(p, blockIdx.x >> p.splits_log2);
 
-  // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions.
+  // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions. Of a
+  // small block: barriers | table and x | regions.
   const uint32_t base = shared_address(shared);
   const uint32_t table =
-      (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
+      Shape::kSmall ? base - kSharedReserved + kSmallTable
+                    : (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
   auto region_of = [&](int w) {
+    if constexpr (Shape::kSmall)
+      return base + p.high_region + w * p.region_bytes - max(0, w - p.full_regions) * Shape::kSlot;
     return (w < p.low_regions ? base + p.first_region
                               : base + p.high_region - p.low_regions * p.region_bytes) +
            w * p.region_bytes;
@@ -191,7 +67,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t barriers = base + warp * kBarrierBytes;
   const uint32_t x_barrier = base + k_warp * kBarrierBytes + kMaxSlots * 8;
   const uint32_t zeros = base + Shape::kWarps * kBarrierBytes;
-  const uint32_t x_tile = base + p.x_offset + k_warp * p.x_bytes;
+  const uint32_t x_tile =
+      Shape::kSmall ? table + 128 + k_warp * XPlace<Shape>::kRowsOfStep * XPlace<Shape>::kRow
+                    : base + p.x_offset + k_warp * p.x_bytes;
   const uint32_t region = region_of(warp);
 
   // This warp's share: `rows` row tiles from `first`, k tiles `begin` .. `end` - 1.
@@ -210,7 +88,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // The weights do not depend on the previous kernel: with overlap, some are requested while it
   // still runs. The others follow x, which is needed first and would wait behind them.
   TileRing<Shape> ring;
-  ring.barriers = barriers, ring.slots_at = region, ring.slots = p.slots;
+  ring.barriers = barriers, ring.slots_at = region;
+  ring.slots = p.slots - (Shape::kSmall && warp >= p.full_regions);
   ring.rows = rows, ring.k_left = rows > 0 ? end - begin : 0;
   ring.slot = ring.row = 0, ring.phase = 0, ring.ready = false;
   ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
@@ -224,21 +103,33 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   ring.policy = evict_first_policy();
 #endif
   __syncwarp();
-  ring.start(0, p.early_slots, lane);
+  const int early = min(p.early_slots, ring.slots);
+  ring.start(0, early, lane);
 
-  const Decoder<Shape::kBits> decoder(table, lane);
-  if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
+  // What is added to a small block's constant is 0, or in a cluster the block's number in bits 24..
+  const TableDecoder<Shape> decoder(Shape::kSmall ? table - kSmallTable : table, lane);
   uint32_t x_row[Shape::kXTiles], x_next[Shape::kXTiles];  // a row, and how far to the next tile's
+  if constexpr (Shape::kSmall) {  // rows past the last are zero, where the others will be
+    constexpr int kRows = Shape::kXTiles * 8;
+#pragma unroll 1
+    for (int i = thread; i < p.k_warps * XPlace<Shape>::kRowsOfStep * 16; i += Shape::kThreads)
+      if (i / 16 % kRows >= p.m)
+        store_shared4(table + 128 + XPlace<Shape>::of_chunk(i / 16, i % 16),
+                      make_uint4(0, 0, 0, 0));
+  } else {
+    if (thread < kXRow / 16) store_shared4(zeros + thread * 16, make_uint4(0, 0, 0, 0));
+  }
 #pragma unroll
   for (int t = 0; t < Shape::kXTiles; t++) {
     const int row = t * 8 + lane % 8;
-    x_row[t] = (row < p.m ? x_tile + row * kXRow : zeros) + lane / 8 * 16;
-    x_next[t] = row < p.m ? p.m * kXRow : 0;
+    const bool exists = Shape::kSmall || row < p.m;
+    x_row[t] = exists ? x_tile + XPlace<Shape>::of_chunk(row, lane / 8) : zeros + lane / 8 * 16;
+    x_next[t] = exists ? XPlace<Shape>::tile_bytes(p.m) : 0;
   }
   auto request_x = [&](int step) {
     const int k_tile = begin + step * Shape::kDepth;
-    XTile<Shape>::request(p, x_tile, x_barrier, k_tile, min(Shape::kDepth, end - k_tile), row_warp,
-                          p.row_warps, lane);
+    XTile<Shape>::request(p.x, p.m, p.k, x_tile, x_barrier, k_tile,
+                          min(Shape::kDepth, end - k_tile), row_warp, p.row_warps, lane);
   };
   if (p.row_warps > 1) __syncthreads();  // barriers of other warps
 #if FLUTE_HAS_BULK
@@ -246,7 +137,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   wait_for_previous_launch();
 #endif
   if (steps > 0) request_x(0);
-  ring.start(p.early_slots, p.slots, lane);
+  ring.start(early, ring.slots, lane);
   fill.store(table);
   __syncthreads();
 
@@ -314,13 +205,28 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
 
+  // As often past this barrier as the warps with the most steps: racecheck tells the stores below
+  // from earlier ones by the barriers since.
+  const int most_steps =
+      (((block_length + p.k_warps - 1) >> p.k_warps_log2) + Shape::kDepth - 1) / Shape::kDepth;
+  if (p.row_warps > 1)
+    for (int step = max(steps, 1); step < most_steps; step++) warps_sync(1 + k_warp, p.row_warps);
+
   p.ahead.ask(blockIdx.x, gridDim.x, warp, Shape::kWarps, lane);
 
-  // Sum over the warps that split k, in their order.
-  __syncwarp();
+  // Sum over the warps that split k, in their order. A small block's regions may be too small for
+  // its sums; they take the table's place, once all warps are done with it.
+  auto partials_of = [&](int w) {
+    return Shape::kSmall ? table + w * p.rows_each * Shape::kPartialTile : region_of(w);
+  };
+  if constexpr (Shape::kSmall)
+    __syncthreads();
+  else
+    __syncwarp();
 #pragma unroll
   for (int r = 0; r < Shape::kMaxRows; r++)
-    if (r < rows) store_partial<Shape>(region + r * Shape::kPartialTile, sums[r], lane);
+    if (r < rows)
+      store_partial<Shape>(partials_of(warp) + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
   // Half a warp sums a column of 16 rows at a time; `write` takes it.
@@ -341,7 +247,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
         for (int j = 0; j < 4; j++)
           part[j] = i + j < p.k_warps
-                        ? load_shared_float(region_of((group << p.k_warps_log2) + i + j) + at)
+                        ? load_shared_float(partials_of((group << p.k_warps_log2) + i + j) + at)
                         : 0;
         sum = sum + part[0] + part[1] + part[2] + part[3];
       }
@@ -357,11 +263,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     return;
   }
 #if FLUTE_HAS_BULK
-  // Then over the blocks of the cluster, in theirs; each writes a share of y. The table is no
-  // longer needed, its place takes the block's sums.
+  // Then over the blocks of the cluster, in theirs; each writes a share of y. The block's sums take
+  // the place of what is no longer needed: the table, or a small block's regions.
   const int stride = p.row_tiles * kTileRows;
-  for_each_output(
-      [&](int m, int row, float sum) { store_shared_float(table + (m * stride + row) * 4, sum); });
+  const uint32_t block_sums = Shape::kSmall ? base + p.high_region : table;
+  for_each_output([&](int m, int row, float sum) {
+    store_shared_float(block_sums + (m * stride + row) * 4, sum);
+  });
   cluster_sync();
 #pragma unroll 1
   for (int i = split * Shape::kThreads + thread; i < p.m * stride;
@@ -369,7 +277,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const int unit = i / 16, m = divide(unit, p.row_tiles_inverse), row = i - m * stride;
     if (row >= block.rows) continue;
     float sum = 0;
-    for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(table + i * 4, rank);
+    for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(block_sums + i * 4, rank);
     write_y(m, row, sum);
   }
   cluster_sync();  // no block leaves while another reads its sums

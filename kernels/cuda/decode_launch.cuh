@@ -9,16 +9,36 @@ namespace flute {
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
-  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, total;
+  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, full_regions, total;
 };
+
+// A small block: its barriers, the table with x in it, a region for each warp. Where not all of
+// them have room for `slots` requests, the last ones have one less.
+template <typename Shape>
+SharedPlan plan_small(const FluteDecodeConfig& config, int m, int limit) {
+  SharedPlan plan{};
+  plan.high_region = kSmallTable - kSharedReserved + table_bytes(true);
+  plan.region_bytes = config.slots * Shape::kSlot;
+  const int lacking =
+      plan.high_region + Shape::kWarps * plan.region_bytes - limit + Shape::kSlot - 1;
+  const int shorter = lacking < Shape::kSlot ? 0 : lacking / Shape::kSlot;
+  plan.full_regions = Shape::kWarps - shorter;
+  plan.total = plan.high_region + Shape::kWarps * plan.region_bytes - shorter * Shape::kSlot;
+  const int least = plan.region_bytes - (shorter > 0 ? Shape::kSlot : 0);
+  const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
+  if (shorter >= Shape::kWarps || least < Shape::kSlot || plan.high_region + sums > plan.total)
+    plan.total = -1;
+  return plan;
+}
 
 // Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table
 // where there is no room before it.
 template <typename Shape>
 SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int limit) {
+  if constexpr (Shape::kSmall) return plan_small<Shape>(config, m, limit);
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
   const int ring = config.slots * Shape::kSlot, partial = rows_each * Shape::kPartialTile;
-  SharedPlan plan;
+  SharedPlan plan{};
   plan.x_bytes = Shape::kDepth * m * kXRow;
   plan.region_bytes = ring > partial ? ring : partial;
   const int before = table_alignment(wide) - kSharedReserved;  // the table's offset
@@ -46,7 +66,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                  cudaStream_t stream) {
   DeviceLimits device;
   if (const int error = device.load()) return error;
-  const int limit = device.shared_limit;
+  const int limit = Shape::kSmall ? device.shared_half : device.shared_limit;
   if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
     return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
@@ -59,6 +79,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   const int version = device.ptx_version;
   const bool wide = has_wide_table(version), hopper = version >= 90;
   if (config.splits > 1 && !hopper) return kBadConfig;
+  if (Shape::kSmall && !(hopper && wide)) return kBadConfig;
 
   SharedPlan plan;
   const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
@@ -105,6 +126,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       plan.first_region,
                       plan.low_regions,
                       plan.high_region,
+                      plan.full_regions,
                       {},
                       Parts(matrix)};
   for (int i = 0; i < matrix.parts; i++)
@@ -127,12 +149,12 @@ int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
 
-template <int Bits, typename T, int XTiles>
+template <int Bits, typename T, int XTiles, int Warps>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {
 #define FLUTE_CASE(GROUPS)                                                                   \
   case GROUPS:                                                                               \
-    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS>>(matrix, config, m, x, records, \
-                                                              table, y, ahead, stream)
+    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS, Warps>>(                        \
+        matrix, config, m, x, records, table, y, ahead, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
@@ -146,9 +168,12 @@ int launch_groups(FLUTE_DECODE_ARGUMENTS) {
 
 template <int Bits, typename T>
 int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
-  const auto launch = m <= 8    ? launch_groups<Bits, T, 1>
-                      : m <= 16 ? launch_groups<Bits, T, 2>
-                                : launch_groups<Bits, T, 4>;
+  const bool small = config.warps == kWarpsOfSmall;
+  if (!(small ? m <= 8 : config.warps == 16)) return kBadConfig;
+  const auto launch = small     ? launch_groups<Bits, T, 1, kWarpsOfSmall>
+                      : m <= 8  ? launch_groups<Bits, T, 1, 16>
+                      : m <= 16 ? launch_groups<Bits, T, 2, 16>
+                                : launch_groups<Bits, T, 4, 16>;
   return launch(matrix, config, m, x, records, table, y, ahead, stream);
 }
 

@@ -10,11 +10,11 @@
 #include "ahead.cuh"
 #include "errors.h"
 #include "flute/launch.h"
+#include "lut.cuh"
 
 namespace flute {
 
 constexpr int kMaxDevices = 64;
-constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
 
 inline int log2_of(int power) {
   return power <= 1 ? 0 : 1 + log2_of(power / 2);
@@ -23,12 +23,17 @@ inline int log2_of(int power) {
 // The current device, and which of the compiled versions of a kernel it runs.
 struct DeviceLimits {
   int device = 0, shared_limit = 0, multiprocessors = 0, ptx_version = 0;
+  int shared_half = 0;  // of a block of which a multiprocessor takes two
 
   int load() {
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error =
             cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
       return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(
+            &shared_half, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
+      return error;
+    shared_half = shared_half / 2 - kSharedReserved;
     return cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   // `versions`: of this kernel, one for each device; asked and prepared once.
@@ -41,6 +46,9 @@ struct DeviceLimits {
     if (error == cudaSuccess)
       error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit);
+    if (error == cudaSuccess)  // all of it even for blocks that need half: two are to fit
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
     ptx_version = code.ptxVersion;
     if (device < kMaxDevices) versions[device].store(ptx_version, std::memory_order_relaxed);

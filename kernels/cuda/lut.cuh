@@ -16,6 +16,7 @@
 namespace flute {
 
 constexpr int kTableEntries = 256;
+constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
 
 // Wide rows need 128 KiB of shared memory; sm_86, sm_89 and sm_120 have 100.
 __host__ __device__ constexpr bool has_wide_table(int arch) {
@@ -150,8 +151,9 @@ struct Codes<3> {
 };
 
 // Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead,
-// to relieve shared memory, gained nothing at any bit width (NOTES.md).
-template <int Bits>
+// to relieve shared memory, gained nothing at any bit width (NOTES.md). `At`: what the compiler knows
+// of the table's address and adds in the load; the rest must have bits 8 to 15 free, as above.
+template <int Bits, int At = 0>
 struct Decoder {
   uint32_t lane_table;
 
@@ -165,15 +167,15 @@ struct Decoder {
     if constexpr (Bits == 2) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const uint2 both = load_table2(address(codes.word[p], j));
+        const uint2 both = load_table2<At>(address(codes.word[p], j));
         even[j] = both.x, odd[j] = both.y;
       }
     } else {
       const uint32_t first = codes.nibbles(2 * p), second = codes.nibbles(2 * p + 1);
 #pragma unroll
-      for (int j = 0; j < 4; j++) even[j] = load_table(address(first, j));
+      for (int j = 0; j < 4; j++) even[j] = load_table<At>(address(first, j));
 #pragma unroll
-      for (int j = 0; j < 4; j++) odd[j] = load_table(address(second, j));
+      for (int j = 0; j < 4; j++) odd[j] = load_table<At>(address(second, j));
     }
   }
 

@@ -34,15 +34,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // ---- shared memory -----------------------------------------------------------------------------
 // `load_table` is not volatile: a table never changes while codes are decoded, so the compiler may
 // schedule these loads freely. Their addresses depend on codes, which keeps them after the barrier.
+// `At`: added to the address by the load itself.
+template <int At = 0>
 __device__ __forceinline__ uint32_t load_table(uint32_t address) {
   uint32_t value;
-  asm("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
+  asm("ld.shared.b32 %0, [%1+%2];" : "=r"(value) : "r"(address), "n"(At));
   return value;
 }
 
+template <int At = 0>
 __device__ __forceinline__ uint2 load_table2(uint32_t address) {
   uint2 value;
-  asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+  asm("ld.shared.v2.b32 {%0, %1}, [%2+%3];"
+      : "=r"(value.x), "=r"(value.y)
+      : "r"(address), "n"(At));
   return value;
 }
 
@@ -184,16 +189,27 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// One thread: `bytes` contiguous bytes to shared memory, counted on the barrier.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes,
-                                          uint32_t barrier, uint64_t policy) {
+// Arrives; the phase then also waits for so many bytes.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+
+// One thread: `bytes` contiguous bytes to shared memory, which the barrier already expects.
+__device__ __forceinline__ void bulk_copy_expected(uint32_t to, const void* from, uint32_t bytes,
+                                                   uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// The same, and the barrier hears of it: this thread's arrival.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes,
+                                          uint32_t barrier, uint64_t policy) {
+  barrier_expect(barrier, bytes);
+  bulk_copy_expected(to, from, bytes, barrier, policy);
 }
 
 // `bytes` contiguous bytes to L2; both are multiples of 16.

@@ -129,29 +129,31 @@ __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMa
   }
 }
 
-// One warp brings all weights of one warpgroup: two k tiles of each of its 64-row tiles, then the
-// next two. Lane i brings those of its warp i; row tiles behind the last one are left out.
+// One warp brings all weights of one warpgroup: two k tiles of each of its row tiles, then the next
+// two. Row tiles behind the last one are left out.
 template <typename Shape>
 __device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBarriers barriers,
-                                              uint32_t slots_at, int group, int lane) {
+                                              uint32_t slots_at, int group) {
   RingPlace at(p.slots);
   const uint64_t policy = evict_first_policy();
   for (int round = 0;; round++) {
     const Work work(p, round, Shape::kColumns);
     if (!work.exists) break;
     const BlockRows block(p, work.block);
-    const int tile = group * 4 + lane;
+    const int tiles = min(4, max(0, block.tiles - group * 4));
+    const uint8_t* tile = p.records + static_cast<int64_t>(block.first_tile + group * 4) * p.k_tiles *
+                                          Shape::kRecord;
 #pragma unroll 1
     for (int k_tile = work.begin; k_tile < work.end; k_tile += Shape::kDepth, at.advance()) {
       const int bytes = min(Shape::kDepth, work.end - k_tile) * Shape::kRecord;
       const uint32_t filled = barriers.filled(group, at.slot);
       barrier_wait(barriers.emptied(group, at.slot), at.phase ^ 1);
-      if (lane < 4 && tile < block.tiles) {
-        const int64_t record = static_cast<int64_t>(block.first_tile + tile) * p.k_tiles + k_tile;
-        bulk_copy(slots_at + at.slot * Shape::kSlot + lane * Shape::kRequest,
-                  p.records + record * Shape::kRecord, bytes, filled, policy);
-      } else if (lane < 4) {
-        barrier_arrive(filled);
+      if (elect_one()) {
+        barrier_expect(filled, tiles * bytes);
+        const uint8_t* from = tile + k_tile * Shape::kRecord;
+        for (int i = 0; i < tiles; i++, from += p.k_tiles * Shape::kRecord)
+          bulk_copy_expected(slots_at + at.slot * Shape::kSlot + i * Shape::kRequest, from, bytes,
+                             filled, policy);
       }
     }
   }
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
 
   if (threadIdx.x < kPrefillStages) {
     for (int g = 0; g < kPrefillGroups; g++) {
-      barrier_init(barriers.filled(g, threadIdx.x), 4);
+      barrier_init(barriers.filled(g, threadIdx.x), 1);
       barrier_init(barriers.emptied(g, threadIdx.x), 4);
     }
     barrier_init(barriers.filled(barriers.kX, threadIdx.x), 1);
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     give_registers<24>();
     const int job = warp % 4;
     if (job < kPrefillGroups) {  // weights do not depend on the previous kernel
-      bring_weights<Shape>(p, barriers, slots_of(job), job, lane);
+      bring_weights<Shape>(p, barriers, slots_of(job), job);
     } else if (job == kPrefillGroups) {
       tensor_map_prefetch(&x_map);
       wait_for_previous_launch();

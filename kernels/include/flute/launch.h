@@ -30,10 +30,12 @@ typedef struct {
 // How a decode launch is cut; flute_vllm/tuning/ chooses it.
 typedef struct {
   int32_t row_tiles;  // 16-row tiles that one block computes
-  int32_t row_warps;  // groups of a block's 16 warps that share these tiles: 1, 2, 4, 8, 16; within
-                      // a group the warps split k
+  int32_t row_warps;  // groups of a block's warps that share these tiles: 1, 2, 4, 8, 16; within a
+                      // group the warps split k
   int32_t splits;     // blocks of a cluster that split k: 1, 2, 4 or 8
   int32_t slots;      // requests in flight per warp; 0: as many as serve
+  int32_t warps;      // of a block: 16, or 8 for up to 8 rows of x where two blocks shall fit a
+                      // multiprocessor (compute capability 9.0)
   int32_t overlap;    // 0: start after the previous kernel. n > 0: programmatic dependent launch
                       // with n of the slots requested before the previous kernel has finished
 } FluteDecodeConfig;
