@@ -15,6 +15,16 @@ from flute_vllm import tuning  # noqa: E402
 
 KERNELS = ("decode", "sm90", "prefill", "tile", "dequantize")
 COLUMNS_OF = {32: 1056, 64: 1088, 128: 1152, 256: 2304, -1: 416}  # K, by group size
+# Decode blocks: most rows of x, warps, most row tiles of a warp. Some ways to cut a launch of each.
+DECODE_CUTS = {
+    (8, 16, 2): ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4)),
+    (8, 16, 4): ((3, 1, 1), (4, 1, 2), (7, 2, 4)),
+    (8, 16, 8): ((5, 1, 1), (8, 1, 8), (15, 2, 2)),
+    (8, 8, 4): ((1, 1, 1), (7, 2, 2), (4, 8, 1)),
+    (8, 8, 8): ((7, 1, 1), (9, 2, 4), (5, 1, 2)),
+    (16, 16, 4): ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4)),
+    (32, 16, 2): ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4)),
+}
 PARTS = ((), (37, 63), (24,), (40, 16, 44), (129,))  # of a layer; (): one of 333 rows
 
 
@@ -47,6 +57,9 @@ def first_cases() -> Iterator[Case]:
     yield from found("prefill", 300, (192, 2, 8, 2, 1), **half, **parts)
     yield from found("tile", 100, (64, 3), **pair)
     yield from found("decode", 8, (2, 1, 1), ahead=4096, **parts)
+    yield from found("decode", 5, (7, 1, 1, 0, 8), launches=3, ahead=4096, **pair)
+    yield from found("decode", 8, (3, 1, 2, 0, 8), launches=2, **half, **parts)
+    yield from found("decode", 1, (7, 2, 1), (7, 1, 2), **half)
     yield from found("sm90", 13, (16, 8, 13, 4, 1), launches=3, **pair)
     yield from found("sm90", 13, (16, 4, 3, 1, 4), ahead=4096, **half)
     yield from found("prefill", 257, (256, 2, 8, 2, 4), launches=2)
@@ -118,9 +131,13 @@ class Formats:
 
 def decode_cases() -> Iterator[Case]:
     formats, rows = Formats("decode"), {8: (1, 8, 5), 16: (9, 16, 13), 32: (17, 32, 31)}
-    cuts = ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4))
-    slots = itertools.cycle(((), (), (3,), ()))
-    return in_turn(*[formats.launched(rows[width], cuts, slots) for width in tuning.BUCKETS])
+    slots = itertools.cycle((0, 0, 3, 0))
+    return in_turn(
+        *[
+            formats.launched(rows[width], cuts, ((next(slots), warps) for _ in itertools.count()))
+            for (width, warps, _), cuts in DECODE_CUTS.items()
+        ]
+    )
 
 
 def sm90_cases() -> Iterator[Case]:
@@ -164,9 +181,9 @@ def dequantize_cases() -> Iterator[Case]:
 
 
 def first_legal(case: Case, wishes: Iterator[tuple], end: tuple[int, ...]) -> Case:
-    """``end``: how deep the rings are to be, where that fits."""
+    """``end``: what follows the wish, such as how deep the rings are to be, where that fits."""
     for wish in itertools.islice(wishes, 12):
-        for rest in (end, ()):
+        for rest in (end, (0, *end[1:]) if case.kind == "decode" else ()):
             if (found := configured(case, (*wish, *rest))) is not None:
                 return found
     raise ValueError(f"no launch of {case}")
@@ -198,7 +215,7 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
 def barriers(case: Case) -> int:
     """Of a block in shared memory, used or not: the tools overflow when they count too few."""
     if case.kind == "decode":
-        return tuning.WARPS * (tuning.MAX_SLOTS + 1)
+        return tuning.Config(*case.config).warps * (tuning.MAX_SLOTS + 1)
     if case.kind == "sm90":
         return tuning.sm90.Config(*case.config).barrier_bytes // 8
     if case.kind == "prefill":  # filled and emptied, of each warpgroup's weights and of x

@@ -13,6 +13,7 @@ Order of precedence: the environment variable ``FLUTE_DECODE_CONFIG``, a measure
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -35,6 +36,7 @@ BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
 SHARED_RESERVED = 1024  # the system's share at the start of a block's shared memory
 SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
+MUCH_TO_DO = 400  # tiles of a multiprocessor from which two small blocks beat a large one
 
 
 class Problem(ProblemBase):
@@ -163,17 +165,21 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     return None
 
 
+def blocks_at_once(config: Config, device: Device) -> int:
+    return device.blocks_at_once(config.splits) * (2 if config.warps == SMALL_WARPS else 1)
+
+
 def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     tiles = sum(problem.part_tiles)
-    for splits in (1, 2, 4) if device.capability >= 90 else (1,):
-        if splits > problem.k_tiles:
+    for splits, warps in itertools.product((1, 2, 4), BLOCK_WARPS):
+        if splits > min(problem.k_tiles, 4 if device.capability >= 90 else 1):
             continue
-        for waves in (1, 2, 3, 4):
-            row_tiles = math.ceil(tiles * splits / (device.blocks_at_once(splits) * waves))
-            for row_warps in (1, 2, 4, 8, 16):
-                config = Config(row_tiles, row_warps, splits)
-                if config.rows_each <= max_rows_each(problem.width):
-                    yield config
+        at_once = blocks_at_once(Config(1, 1, splits, warps=warps), device)
+        for waves, row_warps in itertools.product((1, 2, 3, 4), (1, 2, 4, 8, 16)):
+            row_tiles = math.ceil(tiles * splits / (at_once * waves))
+            config = Config(row_tiles, row_warps, splits, warps=warps)
+            if row_warps <= warps and config.rows_each <= max_rows_each(problem.width):
+                yield config
     # Always legal: the smallest block.
     for row_warps in (1, 2, 4, 8, 16):
         yield Config(1, row_warps, 1)
@@ -182,11 +188,11 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
 def efficiency(problem: Problem, config: Config, device: Device) -> float:
     """Expected share of the device that works, times what the shape of a block costs.
 
-    The weights are fitted to one sweep on an H200 (benchmarks/NOTES.md); all of them together
-    matter less than the three counts: blocks per wave, rows per warp, k tiles per warp.
+    The weights are fitted to sweeps on an H200 (benchmarks/NOTES.md); all of them together matter
+    less than the three counts: blocks per wave, rows per warp, k tiles per warp.
     """
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    at_once = device.blocks_at_once(config.splits)
+    at_once = blocks_at_once(config, device)
     waves = math.ceil(blocks * config.splits / at_once)
     busy = sum(problem.part_tiles) / config.row_tiles * config.splits / (waves * at_once)
     k_each = problem.k_tiles / config.splits / config.k_warps
@@ -200,6 +206,11 @@ def efficiency(problem: Problem, config: Config, device: Device) -> float:
         - 0.03 * (waves - 1)
         - 0.01 * math.log2(config.row_warps)
     )
+    if config.warps == SMALL_WARPS:  # they pay where a multiprocessor has much to do
+        each = sum(problem.part_tiles) * problem.k_tiles / device.multiprocessors
+        cost *= 1.04 if each >= MUCH_TO_DO else 0.95
+    elif problem.width == 8:  # the fewer, the shorter the code (max_rows_each of C++'s variants)
+        cost *= 1.0 if config.rows_each <= 2 else 0.99 if config.rows_each <= 4 else 0.97
     return busy * k_even * rows_even**0.4 * max(cost, 0.1) / (1 + x_loads + x_reads)
 
 

@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions. Of a
   // small block: barriers | table and x | regions.
   const uint32_t base = shared_address(shared);
-  const uint32_t table =
-      Shape::kSmall ? base - kSharedReserved + kSmallTable
-                    : (base + table_alignment(kWideTable) - 1) & ~(table_alignment(kWideTable) - 1u);
+  const uint32_t table = Shape::kSmall ? base - kSharedReserved + kSmallTable
+                                       : (base + table_alignment(kWideTable) - 1) &
+                                             ~(table_alignment(kWideTable) - 1u);
   auto region_of = [&](int w) {
     if constexpr (Shape::kSmall)
       return base + p.high_region + w * p.region_bytes - max(0, w - p.full_regions) * Shape::kSlot;
@@ -81,10 +81,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   const int end = block_begin + (block_length * (k_warp + 1) >> p.k_warps_log2);
   const int steps = (end - begin + Shape::kDepth - 1) / Shape::kDepth;
 
-  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
-  TableFill<Shape::kBits, Shape::kThreads> fill;
-  fill.load(part_table, p.pair_table);
-
   // The weights do not depend on the previous kernel: with overlap, some are requested while it
   // still runs. The others follow x, which is needed first and would wait behind them.
   TileRing<Shape> ring;
@@ -105,6 +101,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   __syncwarp();
   const int early = min(p.early_slots, ring.slots);
   ring.start(0, early, lane);
+  TableFill<Shape::kBits, Shape::kThreads> fill;
+  fill.load(p.table + static_cast<int64_t>(block.part) * p.table_bytes, p.pair_table);
 
   // What is added to a small block's constant is 0, or in a cluster the block's number in bits 24..
   const TableDecoder<Shape> decoder(Shape::kSmall ? table - kSmallTable : table, lane);
@@ -138,7 +136,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
 #endif
   if (steps > 0) request_x(0);
   ring.start(early, ring.slots, lane);
-  fill.store(table);
+  fill.store(table, p.pair_table);
   __syncthreads();
 
   Sums<Shape> sums[Shape::kMaxRows] = {};
@@ -225,8 +223,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
     __syncwarp();
 #pragma unroll
   for (int r = 0; r < Shape::kMaxRows; r++)
-    if (r < rows)
-      store_partial<Shape>(partials_of(warp) + r * Shape::kPartialTile, sums[r], lane);
+    if (r < rows) store_partial<Shape>(partials_of(warp) + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
   // Half a warp sums a column of 16 rows at a time; `write` takes it.

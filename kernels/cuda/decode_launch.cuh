@@ -149,11 +149,11 @@ int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
 
-template <int Bits, typename T, int XTiles, int Warps>
+template <int Bits, typename T, int XTiles, int Warps, int Rows>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                                   \
-  case GROUPS:                                                                               \
-    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS, Warps>>(                        \
+#define FLUTE_CASE(GROUPS)                                                  \
+  case GROUPS:                                                              \
+    return launch_shape<DecodeShape<Bits, T, XTiles, GROUPS, Warps, Rows>>( \
         matrix, config, m, x, records, table, y, ahead, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
@@ -170,10 +170,15 @@ template <int Bits, typename T>
 int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
   const bool small = config.warps == kWarpsOfSmall;
   if (!(small ? m <= 8 : config.warps == 16)) return kBadConfig;
-  const auto launch = small     ? launch_groups<Bits, T, 1, kWarpsOfSmall>
-                      : m <= 8  ? launch_groups<Bits, T, 1, 16>
-                      : m <= 16 ? launch_groups<Bits, T, 2, 16>
-                                : launch_groups<Bits, T, 4, 16>;
+  if (config.row_tiles < 1 || config.row_warps < 1) return kBadConfig;
+  const int rows = ceil_div(config.row_tiles, config.row_warps);  // launch_shape refuses too many
+  const auto launch = small && rows <= 4 ? launch_groups<Bits, T, 1, kWarpsOfSmall, 4>
+                      : small            ? launch_groups<Bits, T, 1, kWarpsOfSmall, 8>
+                      : m > 16           ? launch_groups<Bits, T, 4, 16, 2>
+                      : m > 8            ? launch_groups<Bits, T, 2, 16, 4>
+                      : rows <= 2        ? launch_groups<Bits, T, 1, 16, 2>
+                      : rows <= 4        ? launch_groups<Bits, T, 1, 16, 4>
+                                         : launch_groups<Bits, T, 1, 16, 8>;
   return launch(matrix, config, m, x, records, table, y, ahead, stream);
 }
 

@@ -1,4 +1,5 @@
-// What a warp of the decode kernel multiplies: x as B operands, codes and scales of w as A operands.
+// What a warp of the decode kernel multiplies: x as B operands, codes and scales of w as A
+// operands.
 #pragma once
 
 #include "ring.cuh"
@@ -9,13 +10,13 @@ constexpr int kXRow = kTileK * 2 + 16;  // bytes; the pad keeps ldmatrix free of
 constexpr int kPartialColumn = 16 + 4;  // floats of one column of x; the pad likewise
 constexpr int kBarrierBytes = (kMaxSlots + 1) * 8;
 
-// A small block has 8 warps and half of a multiprocessor. With overlap the next launch's blocks then
-// come while this one's are at work: their tables and first weights are there when it ends.
+// A small block has 8 warps and half of a multiprocessor. With overlap the next launch's blocks
+// then come while this one's are at work: their tables and first weights are there when it ends.
 constexpr int kWarpsOfSmall = 8;
 // A small block's table follows the barriers, at a place that the compiler knows.
 constexpr int kSmallTable = (kSharedReserved + kWarpsOfSmall * kBarrierBytes + 255) / 256 * 256;
 
-template <int Bits_, typename T_, int XTiles_, int Groups_, int Warps_>
+template <int Bits_, typename T_, int XTiles_, int Groups_, int Warps_, int Rows_>
 struct DecodeShape {
   using T = T_;
   static constexpr int kBits = Bits_;
@@ -24,7 +25,9 @@ struct DecodeShape {
   static constexpr int kWarps = Warps_;
   static constexpr int kThreads = kWarps * 32;
   static constexpr bool kSmall = Warps_ == kWarpsOfSmall;
-  static constexpr int kMaxRows = XTiles_ == 1 ? 8 : XTiles_ == 2 ? 4 : 2;  // row tiles of a warp
+  // Row tiles of a warp, at most. All of them are written out in the main loop: the fewer, the
+  // sooner its first instructions have been fetched.
+  static constexpr int kMaxRows = Rows_;
   // x in registers: a whole tile, or half a tile at a time where that would be too many.
   static constexpr int kHalves = XTiles_ == 4 ? 2 : 1;
   static constexpr int kXFragments = kFragments / kHalves;

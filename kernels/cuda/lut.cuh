@@ -38,51 +38,64 @@ __host__ __device__ constexpr int table_bytes(bool wide) {
   return kTableEntries * table_row(wide);
 }
 
-// The two values of a table entry, on their way: not touched before they are needed.
-struct TablePair {
-  uint32_t low, high;
-  __device__ __forceinline__ void load(const void* table, bool pairs, int bits, uint32_t first,
-                                       uint32_t second) {
-    const uint16_t* values = static_cast<const uint16_t*>(table);
-    const uint32_t at = 2 * (first << bits | second);
-    low = __ldg(values + (pairs ? at : first));
-    high = __ldg(values + (pairs ? at + 1 : second));
-  }
-  __device__ __forceinline__ uint32_t word() const { return low | high << 16; }
-};
-
 // Writes the shared table, all threads together, from a part's global table. In two steps, so that
-// other requests can be made while the global loads are under way. TwoFragments: an entry has the
-// pairs of two fragments, eight bytes.
+// other requests can be made while the global loads are under way.
+//
+// Eight threads write an entry, and then those Threads / 8 entries further. So the low code of a
+// thread's entries is the same for all, and their high codes differ by constants: few loads, at
+// constant distances, and few instructions. A kernel begins with its instructions to be fetched; a
+// hundred of them take some 400 clocks (NOTES.md). TwoFragments: an entry has the pairs of two
+// fragments, eight bytes.
 template <int Bits, int Threads, bool Wide = kWideTable, bool TwoFragments = Bits == 2>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
-  TablePair first[kStores], second[TwoFragments ? kStores : 1];
+  static constexpr uint32_t kCode = (1u << Bits) - 1;
+  static_assert(Threads >= 128 && (Threads & (Threads - 1)) == 0);
 
-  __device__ __forceinline__ void load(const void* table, bool pairs) {
+  // A value for the low half, one for each high half; of a pair table only `high`: whole pairs.
+  struct Pairs {
+    uint32_t low, high[kStores];
+    // `first`: the low code. The high code of entry i is `second` + `after(i)`.
+    template <typename After>
+    __device__ __forceinline__ void load(const void* table, bool pairs, uint32_t first,
+                                         uint32_t second, After after) {
+      if (pairs) {
+        const uint32_t* from = static_cast<const uint32_t*>(table) + (first << Bits) + second;
 #pragma unroll
-    for (int i = 0; i < kStores; i++) {
-      const uint32_t index = (threadIdx.x + i * Threads) / 8;
-      // Low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
-      // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte
-      // holds the pairs of two fragments.
-      if constexpr (TwoFragments) {
-        first[i].load(table, pairs, 2, index & 3, index >> 4 & 3);
-        second[i].load(table, pairs, 2, index >> 2 & 3, index >> 6);
+        for (int i = 0; i < kStores; i++) high[i] = __ldg(from + after(i));
       } else {
-        constexpr uint32_t kCode = (1u << Bits) - 1;
-        first[i].load(table, pairs, Bits, index & kCode, index >> 4 & kCode);
+        const uint16_t* values = static_cast<const uint16_t*>(table);
+        low = __ldg(values + first);
+#pragma unroll
+        for (int i = 0; i < kStores; i++) high[i] = __ldg(values + second + after(i));
       }
     }
+    __device__ __forceinline__ uint32_t word(int i, bool pairs) const {
+      return pairs ? high[i] : low | high[i] << 16;
+    }
+  };
+  Pairs first;
+  Pairs second;  // of the other fragment
+
+  // Entry e: low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
+  // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte holds
+  // the pairs of two fragments.
+  __device__ __forceinline__ void load(const void* table, bool pairs) {
+    const uint32_t entry = threadIdx.x / 8;
+    first.load(table, pairs, entry & kCode, entry >> 4 & kCode,
+               [](int i) { return i * Threads / 128 & kCode; });
+    if constexpr (TwoFragments)
+      second.load(table, pairs, entry >> 2 & kCode, entry >> 6,
+                  [](int i) { return i * Threads / 512 & kCode; });
   }
   // A 16-byte store repeats an entry; eight lanes write a row.
-  __device__ __forceinline__ void store(uint32_t to) const {
+  __device__ __forceinline__ void store(uint32_t to, bool pairs) const {
+    to += threadIdx.x / 8 * table_row(Wide) + threadIdx.x % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kStores; i++) {
-      const uint32_t at = threadIdx.x + i * Threads;
-      const uint32_t even = first[i].word(),
-                     odd = TwoFragments ? second[TwoFragments ? i : 0].word() : even;
-      store_shared4(to + at / 8 * table_row(Wide) + at % 8 * 16, make_uint4(even, odd, even, odd));
+      const uint32_t even = first.word(i, pairs);
+      const uint32_t odd = TwoFragments ? second.word(i, pairs) : even;
+      store_shared4(to + i * (Threads / 8) * table_row(Wide), make_uint4(even, odd, even, odd));
     }
   }
 };
@@ -151,8 +164,9 @@ struct Codes<3> {
 };
 
 // Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead,
-// to relieve shared memory, gained nothing at any bit width (NOTES.md). `At`: what the compiler knows
-// of the table's address and adds in the load; the rest must have bits 8 to 15 free, as above.
+// to relieve shared memory, gained nothing at any bit width (NOTES.md). `At`: what the compiler
+// knows of the table's address and adds in the load; the rest must have bits 8 to 15 free, as
+// above.
 template <int Bits, int At = 0>
 struct Decoder {
   uint32_t lane_table;

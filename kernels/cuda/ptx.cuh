@@ -45,9 +45,7 @@ __device__ __forceinline__ uint32_t load_table(uint32_t address) {
 template <int At = 0>
 __device__ __forceinline__ uint2 load_table2(uint32_t address) {
   uint2 value;
-  asm("ld.shared.v2.b32 {%0, %1}, [%2+%3];"
-      : "=r"(value.x), "=r"(value.y)
-      : "r"(address), "n"(At));
+  asm("ld.shared.v2.b32 {%0, %1}, [%2+%3];" : "=r"(value.x), "=r"(value.y) : "r"(address), "n"(At));
   return value;
 }
 

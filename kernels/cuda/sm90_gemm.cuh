@@ -83,10 +83,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int begin = block_begin + (block_length * k_group >> p.k_groups_log2);
   const int k_tiles = block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin;
 
-  const uint8_t* part_table = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
-  TableFill<Shape::kBits, Shape::kThreads> fill;
-  fill.load(part_table, p.pair_table);
-
   // Shared memory: barriers | some warps' rings | table | x, the other rings. Later partial sums,
   // but never over the barriers.
   const uint32_t base = shared_address(shared);
@@ -130,12 +126,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // Weights do not depend on the previous kernel. The others follow x, which is needed first.
 #pragma unroll 1
   for (int i = 0; i < p.early; i++) ring.request(p.records, i);
+  TableFill<Shape::kBits, Shape::kThreads> fill;
+  fill.load(p.table + static_cast<int64_t>(block.part) * p.table_bytes, p.pair_table);
   allow_next_launch();
   wait_for_previous_launch();
   if (brings_x) x.start();
 #pragma unroll 1
   for (int i = p.early; i < p.stages; i++) ring.request(p.records, i);
-  fill.store(table);
+  fill.store(table, p.pair_table);
   __syncthreads();  // barriers of x, and the table
 
   const Decoder<Shape::kBits> decoder(table, lane);

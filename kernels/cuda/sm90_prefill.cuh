@@ -141,8 +141,8 @@ __device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBar
     if (!work.exists) break;
     const BlockRows block(p, work.block);
     const int tiles = min(4, max(0, block.tiles - group * 4));
-    const uint8_t* tile = p.records + static_cast<int64_t>(block.first_tile + group * 4) * p.k_tiles *
-                                          Shape::kRecord;
+    const uint8_t* tile =
+        p.records + static_cast<int64_t>(block.first_tile + group * 4) * p.k_tiles * Shape::kRecord;
 #pragma unroll 1
     for (int k_tile = work.begin; k_tile < work.end; k_tile += Shape::kDepth, at.advance()) {
       const int bytes = min(Shape::kDepth, work.end - k_tile) * Shape::kRecord;

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     x_ring.advance();
     commit_copies();
   }
-  fill.store(table);
+  fill.store(table, p.pair_table);
   wait_for_copies(p.x_slots - 1);
   __syncthreads();
 

@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int tile = blockIdx.x, part = parts.part_of_tile(tile);
   const uint16_t* values = table + part * (pair_table ? 2 << (2 * Bits) : 1 << Bits);
   for (int i = threadIdx.x; i < 1 << (2 * Bits); i += kWarps * 32) {
-    TablePair pair;
-    pair.load(values, pair_table, Bits, i >> Bits, i & ((1 << Bits) - 1));
-    pairs[i] = pair.word();
+    const uint32_t low = pair_table ? values[2 * i] : values[i >> Bits];
+    const uint32_t high = pair_table ? values[2 * i + 1] : values[i & ((1 << Bits) - 1)];
+    pairs[i] = low | high << 16;
   }
   __syncthreads();
 
