@@ -8,8 +8,9 @@ peak memory. Shapes are those of the named model with ``--load-format dummy``. O
 process; ``--together 4`` starts four at once on the same GPU and lets them measure one after
 another, which saves minutes and is noted in the rows (their start_s is then longer). With
 ``--wait-for FILE`` they start at once and measure when the file appears, when other work on the
-GPU is done. An engine that fails, runs into its time limit or does not fit into the GPU's memory
-leaves the reason as ``error`` in its row.
+GPU is done. With ``--gpus 4`` engines of several tensor-parallel sizes start together, on GPUs
+that placement.py chooses by memory. An engine that fails, runs into its time limit or does not fit
+into the GPU's memory leaves the reason as ``error`` in its row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import placement
 from model_shapes import MODELS, Method, cache_bytes, methods, weight_bytes, write_config
+from placement import ask_gpu, gpu_total_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200" / "serve.json"
@@ -47,6 +50,7 @@ class Run:
     settings: Method
     folder: Path
     together: int = 1  # engines that started at once with it, itself included
+    devices: tuple[int, ...] = ()  # its GPUs; none: all that are visible
     process: subprocess.Popen | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -140,6 +144,7 @@ def start(arguments: argparse.Namespace, run: Run) -> None:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
+    environment |= placement.visible(run.devices, environment)
     if arguments.smoke:  # compiling a tiny model for the CPU takes longer than measuring it
         environment["TORCHDYNAMO_DISABLE"] = "1"
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -190,15 +195,16 @@ def row_of(run: Run) -> dict:
 
 def finish(run: Run, arguments: argparse.Namespace) -> dict:
     """Lets one engine measure and returns its row."""
-    row = row_of(run)
+    row, limit_s = row_of(run), arguments.limit_s
     if run.is_running():
+        limit_s = arguments.measure_s or arguments.limit_s
         (run.folder / "go").touch()
-        wait([run], time.monotonic() - run.started + arguments.limit_s, lambda r: False)
+        wait([run], time.monotonic() - run.started + limit_s, lambda r: False)
     stop(run)
     log = run.log.read_text(errors="replace")
     loads = [float(text) for text in LOADED.findall(log)]
     if run.has("late"):
-        return row | {"error": failure(run, f"not done within {arguments.limit_s:.0f} s")}
+        return row | {"error": failure(run, f"not done within {limit_s:.0f} s")}
     if not run.has("result.json"):
         return row | {"error": failure(run, f"ended with {run.process.returncode}")}
     if run.settings.kernel not in log:
@@ -208,15 +214,16 @@ def finish(run: Run, arguments: argparse.Namespace) -> dict:
     row |= {key: result[key] for key in ("decode_ms", "decode_tok_s", "prefill_tok_s", "start_s")}
     return row | {
         "load_s": max(loads) if loads else None, "peak_gib": result["peak_gib"],
-        "together": run.together, "versions": result["versions"],
+        "together": run.together, "gpus": list(run.devices or range(run.tp)),
+        "versions": result["versions"],
     }  # fmt: skip
 
 
 def run_group(arguments: argparse.Namespace, runs: list[Run]):
     """Starts the runs at once, waits until all can measure, and yields their rows in turn."""
     try:
-        for run in runs:
-            run.together = len(runs)
+        for run, devices in zip(runs, place(arguments, runs).devices, strict=True):
+            run.together, run.devices = len(runs), devices if arguments.gpus else ()
             start(arguments, run)
         wait(runs, arguments.limit_s, lambda run: run.has("ready"))
         while arguments.wait_for and not arguments.wait_for.exists():
@@ -252,21 +259,6 @@ def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def ask_gpu(field_name: str) -> str | None:
-    """Of the first GPU, without starting CUDA here: children that fork could not use it."""
-    command = ["nvidia-smi", f"--query-gpu={field_name}", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(FileNotFoundError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.strip().splitlines()[0]
-    return None
-
-
-def gpu_total_bytes() -> int | None:
-    total = ask_gpu("memory.total")
-    return None if total is None else int(total) << 20
-
-
 def head_commit() -> str:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -280,6 +272,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", default="8b", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--methods", default=",".join(methods(128)))
     parser.add_argument("--tp", default="1", help="tensor-parallel sizes, such as 1,2")
+    parser.add_argument("--engines", default="", help="METHOD:TP,... instead of these two")
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=32)
@@ -288,7 +281,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-gib", type=float, default=0, help="on each GPU; 0: what is needed")
     parser.add_argument("--together", type=int, default=1, help="engines that start at once")
+    parser.add_argument("--gpus", type=int, default=0, help="to place engines on; 0: the first tp")
     parser.add_argument("--limit-s", type=float, default=400, help="of start-up, and of measuring")
+    parser.add_argument("--measure-s", type=float, default=0, help="of measuring, if another")
     parser.add_argument("--budget-s", type=float, default=0, help="no new engine after it; 0: none")
     parser.add_argument("--wait-for", type=Path, help="measure once this file exists")
     parser.add_argument("--append", action="store_true", help="keep other rows of the output")
@@ -306,13 +301,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.batches = [int(batch) for batch in arguments.batches.split(",")]
     arguments.prefill = [int(number) for number in arguments.prefill.split("x")]
     known = methods(arguments.group_size)
-    for name in arguments.methods.split(","):
+    arguments.engines = engines(arguments)
+    for name, tp in arguments.engines:
         if name not in known:
             parser.error(f"unknown method {name!r}; known are {', '.join(known)}")
+        if arguments.gpus and tp > arguments.gpus:
+            parser.error(f"{name} on {tp} GPUs does not go with --gpus {arguments.gpus}")
     for name in arguments.models.split(","):
         if name not in MODELS:
             parser.error(f"unknown model {name!r}; known are {', '.join(MODELS)}")
     return arguments
+
+
+def engines(arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """Method and tensor-parallel size of each engine, in the order of measuring."""
+    if arguments.engines:
+        pairs = (engine.partition(":") for engine in arguments.engines.split(","))
+        return [(method, int(tp or 1)) for method, _, tp in pairs]
+    sizes = map(int, arguments.tp.split(","))
+    return [(method, tp) for tp in sizes for method in arguments.methods.split(",")]
 
 
 def plan(arguments: argparse.Namespace, root: Path) -> list[Run]:
@@ -320,25 +327,32 @@ def plan(arguments: argparse.Namespace, root: Path) -> list[Run]:
     return [
         Run(model, method, tp, known[method], root / f"{model}-{method}-{tp}")
         for model in arguments.models.split(",")
-        for tp in map(int, arguments.tp.split(","))
-        for method in arguments.methods.split(",")
+        for method, tp in arguments.engines
     ]
 
 
+def place(arguments: argparse.Namespace, runs: list[Run]) -> placement.Places:
+    """GPUs of engines that start at once: without --gpus the first ones for all."""
+    needs = [placement.Need(run.tp, needed_bytes(arguments, run)) for run in runs]
+    return placement.place(needs, arguments.gpus or max(run.tp for run in runs))
+
+
+def can_start_together(arguments: argparse.Namespace, runs: list[Run], total: int | None) -> bool:
+    """Without --gpus only engines of one tp, as they all start at the first GPU."""
+    is_mixed = len({run.tp for run in runs}) > 1
+    if len(runs) > arguments.together or (is_mixed and not arguments.gpus):
+        return False
+    return total is None or max(place(arguments, runs).load) <= total
+
+
 def split(arguments: argparse.Namespace, runs: list[Run], total: int | None) -> list[list[Run]]:
-    """Groups that start at once: as many as asked for, of one tp, that fit on the GPU together."""
+    """Groups that start at once, in order: as many as were asked for that fit on the GPUs."""
     groups: list[list[Run]] = []
-    used = 0
     for run in runs:
-        needed = needed_bytes(arguments, run)
-        last = groups[-1] if groups else []
-        has_room = total is None or used + needed <= total
-        if last and len(last) < arguments.together and last[0].tp == run.tp and has_room:
-            last.append(run)
-            used += needed
+        if groups and can_start_together(arguments, [*groups[-1], run], total):
+            groups[-1].append(run)
         else:
             groups.append([run])
-            used = needed
     return groups
 
 

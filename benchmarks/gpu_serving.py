@@ -2,11 +2,13 @@
 
     python benchmarks/gpu_serving.py one --out DIR     # one GPU, about 7 minutes
     python benchmarks/gpu_serving.py two --out DIR     # two GPUs, about 7 minutes
+    python benchmarks/gpu_serving.py four --out DIR    # four GPUs, about 7 minutes
     python benchmarks/gpu_serving.py speed --out DIR   # one GPU, about 6 minutes
     python benchmarks/gpu_serving.py collect DIR...    # results to benchmarks/results/h200
 
 ``one``: features of vLLM (tests/test_gpu_features.py), load of a 70B checkpoint, two servers under
 load. ``two``: tensor and pipeline parallel against one GPU, and 70B shapes on two GPUs and on one.
+``four``: the same on four GPUs and both ways at once, and 70B shapes on four, two and one.
 ``speed``: 8B shapes with every method, two more models with the most important ones.
 What only has to work runs side by side; what is timed waits until the rest is done, but for the
 servers under load, which are there all the time. Needs vLLM and the compiled kernels.
@@ -30,7 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
 MODEL = ROOT / "examples" / "stdlib_model" / "model"
 PYTHON = sys.executable
-COPIED = ("features.json", "features_two.json", "load.json", "soak.json")
+FEATURES = ("features", "features_two", "features_four")
+COPIED = (*(f"{name}.json" for name in FEATURES), "load.json", "soak.json")
+# Of the set four, in the order of measuring: ours beside what it is compared with.
+ENGINES = "flute4:4,marlin:4,flute4:2,marlin:2,bf16:2,flute4:1"
 # NVLink multicast needs a fabric that shared hosts and virtual machines may lack; none of what is
 # measured here needs it.
 NO_MULTICAST = {
@@ -134,7 +139,7 @@ def one_gpu(arguments: argparse.Namespace) -> list[Step]:
     )  # fmt: skip
     return [
         Step("quantize", quantize, 120),
-        features(arguments, "features", "not two_gpus", 300),
+        features(arguments, "features", "not two_gpus and not four_gpus", 300),
         soak(arguments, "soak_bundled", str(model), lengths, small),
         soak(arguments, "soak_8b", "8b", ["--no-probes"], large),
         Step("load", load, 440),
@@ -154,6 +159,21 @@ def two_gpus(arguments: argparse.Namespace) -> list[Step]:
     ]
 
 
+def four_gpus(arguments: argparse.Namespace) -> list[Step]:
+    """One group of engines on GPUs of their own; a hanging one costs its minute, not the others."""
+    speed = script(
+        "bench_serve.py", "--models", "70b", "--engines", arguments.engines, "--gpus", 4,
+        "--together", 9, "--limit-s", 260, "--measure-s", 60, "--budget-s", 260, "--steps", 48,
+        "--repeats", 2, "--wait-for", arguments.out / "features_four.done",
+        "--keep-logs", arguments.out / "engines", "--commit", arguments.commit,
+        "--out", arguments.out / "serve.json",
+    )  # fmt: skip
+    return [
+        features(arguments, "features_four", "four_gpus", 250),
+        Step("serve", speed, 420),
+    ]
+
+
 def speed(arguments: argparse.Namespace) -> list[Step]:
     """Both steps write one file, so the second waits for the first."""
 
@@ -170,7 +190,7 @@ def speed(arguments: argparse.Namespace) -> list[Step]:
     return [step("serve_8b", "8b", every), others]
 
 
-SETS = {"one": one_gpu, "two": two_gpus, "speed": speed}
+SETS = {"one": one_gpu, "two": two_gpus, "four": four_gpus, "speed": speed}
 
 
 def collect(folders: list[Path]) -> list[Path]:
@@ -204,6 +224,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for results and logs")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/flute_load"), help="40 GB")
     parser.add_argument("--layers", default="auto", help="of the 70B checkpoint that is loaded")
+    parser.add_argument("--engines", default=ENGINES, help="METHOD:TP,... of the set four")
     parser.add_argument("--soak-s", type=float, default=300)
     parser.add_argument("--limit-s", type=float, default=560, help="of the whole")
     parser.add_argument("--only", default="", help="names of steps, such as features,load")
@@ -240,7 +261,7 @@ def main() -> int:
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     steps = chosen(SETS[arguments.set](arguments), arguments.only)
-    for waited in ("features", "features_two"):  # nothing to wait for
+    for waited in FEATURES:  # nothing to wait for
         if waited not in {step.name for step in steps}:
             (arguments.out / f"{waited}.done").touch()
     ended = run(steps, arguments.out, environment(), ROOT, arguments.limit_s, flushed)

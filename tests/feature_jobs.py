@@ -30,6 +30,8 @@ GRAPHS = {
     "enforce_eager": False,
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]},
 }
+# Must be free at the start, where 70B engines hold most of each GPU.
+TINY = {"gpu_memory_utilization": 0.015}
 # Sleeping fails when the device has less free memory afterwards: a large cache to give back keeps
 # other processes on the same GPU from causing that.
 SLEEPY = {"enable_sleep_mode": True, "kv_cache_memory_bytes": 4 << 30}
@@ -169,5 +171,22 @@ def two_gpus(models: dict[str, Path]) -> Groups:
         "pp2": ({f"{name} pp2": job(models, name, pipeline) for name in ("w4", "zoo")}, RANKS),
         "pp2, graphs": (
             {"w4 pp2, graphs": job(models, "w4", {**GRAPHS, **pipeline})}, {**COMPILED, **RANKS},
+        ),
+    }  # fmt: skip
+
+
+def four_gpus(models: dict[str, Path]) -> Groups:
+    """Both ways at four ranks, one of them two by two, beside one rank to compare with."""
+    tensor = {**TINY, "tensor_parallel_size": 4}
+    both = {**TINY, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    names = ("w4", "pairs", "zoo")
+    graphs = {**COMPILED, **RANKS}
+    return {
+        "one rank": ({name: job(models, name, TINY) for name in names}, {}),
+        "tp4": ({f"{name} tp4": job(models, name, tensor) for name in names}, RANKS),
+        "tp4, graphs": ({"w4 tp4, graphs": job(models, "w4", {**GRAPHS, **tensor})}, graphs),
+        "tp2 pp2": ({f"{name} tp2 pp2": job(models, name, both) for name in ("w4", "zoo")}, RANKS),
+        "tp2 pp2, graphs": (
+            {"w4 tp2 pp2, graphs": job(models, "w4", {**GRAPHS, **both})}, graphs,
         ),
     }  # fmt: skip

@@ -1,9 +1,9 @@
 """What vLLM offers beyond plain serving, on GPUs, each shown to give the plain answers.
 
 Graphs and compilation alone and together, reload_weights, both sleep levels, LoRA, prefix caching,
-chunked prefill, ngram speculation, and the model spread over two GPUs. Engines of all groups start
-at once (feature_jobs.py), so the first test waits for them; an engine that fails costs its own
-tests only.
+chunked prefill, ngram speculation, and the model spread over two GPUs and over four. Engines of all
+groups start at once (feature_jobs.py), so the first test waits for them; an engine that fails costs
+its own tests only.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+needs_four = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
 LIMIT_S = 220  # of each process, below that of the step in benchmarks/gpu_serving.py
 ZOO_TOLERANCE = 0.03  # float16, random weights
 
@@ -58,6 +59,11 @@ def single(models, tmp_path_factory) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def spread(models) -> dict[str, dict]:
     return run(feature_jobs.two_gpus(models))
+
+
+@pytest.fixture(scope="module")
+def spread_by_four(models) -> dict[str, dict]:
+    return run(feature_jobs.four_gpus(models))
 
 
 def outputs(result: dict) -> list[dict]:
@@ -171,3 +177,21 @@ def test_two_gpus_give_the_answers_of_one(spread, models, name, record_property)
     model = name.partition(" ")[0]
     assert_near_the_twin(outputs(spread[name]), models, model)
     assert_same(outputs(spread[name]), spread, model, record_property, widths=2)
+
+
+@needs_four
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w4 tp4", "pairs tp4", "zoo tp4", "w4 tp4, graphs",
+        "w4 tp2 pp2", "zoo tp2 pp2", "w4 tp2 pp2, graphs",
+    ],
+)  # fmt: skip
+def test_four_gpus_give_the_answers_of_one(spread_by_four, models, name, record_property):
+    """The models of two GPUs as they are: one rank's 64 inputs of o_proj are one group of 64 (two
+    of 32), its 192 of down_proj three (six). The bundled model's two key-value heads are repeated
+    on two ranks each; the zoo's four are one on each rank.
+    """
+    model = name.partition(" ")[0]
+    assert_near_the_twin(outputs(spread_by_four[name]), models, model)
+    assert_same(outputs(spread_by_four[name]), spread_by_four, model, record_property, widths=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -75,7 +77,9 @@ def test_steps_that_wait_for_each_other_are_refused(tmp_path):
         run(steps, tmp_path, say=lambda line: None)
 
 
-@pytest.mark.parametrize(("machine", "scripts"), [("one", 3), ("two", 1), ("speed", 2)])
+@pytest.mark.parametrize(
+    ("machine", "scripts"), [("one", 3), ("two", 1), ("four", 1), ("speed", 2)]
+)
 def test_commands_are_those_of_the_scripts(tmp_path, machine, scripts):
     """Each step's options are known to its script."""
     import bench_serve
@@ -96,6 +100,21 @@ def test_commands_are_those_of_the_scripts(tmp_path, machine, scripts):
             assert parsers[name](step.command[2:]).commit == "abc"
             parsed += 1
     assert parsed == scripts
+
+
+def test_every_feature_test_belongs_to_one_kind_of_machine(tmp_path):
+    source = (ROOT / "tests" / "test_gpu_features.py").read_text()
+    names = re.findall(r"^def (test_\w+)", source, flags=re.MULTILINE)
+    arguments = gpu_serving.parse(["one", "--out", str(tmp_path)])
+    chosen = {}
+    for machine in ("one", "two", "four"):
+        (step,) = (s for s in gpu_serving.SETS[machine](arguments) if s.name.startswith("feat"))
+        assert step.name in gpu_serving.FEATURES
+        rule = Expression.compile(step.command[step.command.index("-k") + 1])
+        chosen[machine] = [n for n in names if rule.evaluate(lambda word, n=n, **_: word in n)]
+    assert sorted(sum(chosen.values(), [])) == sorted(names)
+    assert chosen["two"] == ["test_two_gpus_give_the_answers_of_one"]
+    assert chosen["four"] == ["test_four_gpus_give_the_answers_of_one"]
 
 
 def test_only_takes_what_a_step_needs_with_it(tmp_path):

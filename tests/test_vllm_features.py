@@ -16,6 +16,7 @@ from agreement import assert_agrees_with_model, assert_answers_agree  # noqa: E4
 from engine import run_jobs  # noqa: E402
 
 from flute_vllm.evaluate import load_model  # noqa: E402
+from flute_vllm.info import describe  # noqa: E402
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 ON_CPU = {"enable_sleep_mode": False, "kv_cache_memory_bytes": 64 << 20}
@@ -65,3 +66,23 @@ def test_reload_brings_other_weights(results, models):
     model, _ = load_model(models["other"])
     for answer, prompt in zip(answers, feature_jobs.token_prompts(), strict=True):
         assert_agrees_with_model(answer, prompt, model)
+
+
+def test_models_can_be_split_as_the_tests_on_four_gpus_do(models):
+    """Those tests run on few machines, so what needs no GPU of them is looked at here."""
+    import test_gpu_features
+
+    groups = feature_jobs.four_gpus(models)
+    jobs = {name: job for group, _ in groups.values() for name, job in group.items()}
+    marks = test_gpu_features.test_four_gpus_give_the_answers_of_one.pytestmark
+    (names,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
+    single = groups["one rank"][0]
+    assert set(jobs) == {*names, *single}
+    for name in names:
+        engine = jobs[name]["engine"]
+        stages = engine.get("pipeline_parallel_size", 1)
+        assert engine["tensor_parallel_size"] * stages == 4
+        assert name.partition(" ")[0] in single
+    for name in single:
+        sizes = describe(models[name])["tensor_parallel_sizes"]
+        assert {1, 2, 4} <= set(sizes), name
