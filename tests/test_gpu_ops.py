@@ -135,7 +135,8 @@ def test_asking_for_the_next_layer_changes_no_bit(m, kernel, next_bytes, followi
 
 def test_more_blocks_than_multiprocessors_ask_in_the_last_round():
     wide = plan_of_one_kernel(internal(make_problem((40000,), 256, 4, 128)), 1, tuning.DECODE)
-    wide[-1][2:7] = [1, 1, 1, 0, 1]  # a 16-row tile a block: thousands of blocks
+    # A 16-row tile a block: thousands of blocks.
+    wide[-1][2:8] = tuning.Config(1, 1, 1, 0, overlap=1).numbers
     follower = internal(make_problem((1024,), 4096, 4, 128))[0]
     x = make_x(1, 256).cuda()
     expected = torch.ops.flute.gemm(x, *wide)

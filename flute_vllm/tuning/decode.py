@@ -211,6 +211,9 @@ def efficiency(problem: Problem, config: Config, device: Device) -> float:
         cost *= 1.04 if each >= MUCH_TO_DO else 0.95
     elif problem.width == 8:  # the fewer, the shorter the code (max_rows_each of C++'s variants)
         cost *= 1.0 if config.rows_each <= 2 else 0.99 if config.rows_each <= 4 else 0.97
+        # One warp that brings a step's x for many row tiles is late: 11 % at M = 8, nothing at 1.
+        if config.row_warps == 1 and config.rows_each > 3 and problem.m > 4:
+            cost *= 0.93
     return busy * k_even * rows_even**0.4 * max(cost, 0.1) / (1 + x_loads + x_reads)
 
 

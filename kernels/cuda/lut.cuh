@@ -43,9 +43,8 @@ __host__ __device__ constexpr int table_bytes(bool wide) {
 //
 // Eight threads write an entry, and then those Threads / 8 entries further. So the low code of a
 // thread's entries is the same for all, and their high codes differ by constants: few loads, at
-// constant distances, and few instructions. A kernel begins with its instructions to be fetched; a
-// hundred of them take some 400 clocks (NOTES.md). TwoFragments: an entry has the pairs of two
-// fragments, eight bytes.
+// constant distances, and few instructions, which a kernel that starts must fetch first (NOTES.md).
+// TwoFragments: an entry has the pairs of two fragments, eight bytes.
 template <int Bits, int Threads, bool Wide = kWideTable, bool TwoFragments = Bits == 2>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
