@@ -55,7 +55,11 @@ def visible(devices: tuple[int, ...], environment: dict[str, str]) -> dict[str, 
     if not devices:
         return {}
     shown = environment.get("CUDA_VISIBLE_DEVICES")
-    known = shown.split(",") if shown else [str(gpu) for gpu in range(max(devices) + 1)]
+    known = (
+        [gpu for gpu in shown.split(",") if gpu]
+        if shown is not None
+        else [str(gpu) for gpu in range(max(devices) + 1)]
+    )
     if max(devices) >= len(known):
         raise ValueError(f"GPU {max(devices)} is none of CUDA_VISIBLE_DEVICES={shown}")
     return {"CUDA_VISIBLE_DEVICES": ",".join(known[gpu] for gpu in devices)}

@@ -140,6 +140,8 @@ def run(library, case: Case, gpu: Gpu) -> int:
         check(library.flute_dequantize(at, records, table, out, None))
     else:
         x = gpu.upload(halves(case.m * case.k, case.dtype, 1.0, rng))
+        if len(case.config) != len(CONFIGS[case.kind]._fields_):  # ctypes would fill up with zeros
+            raise ValueError(f"a launch of {case.kind} has other numbers than {case.config}")
         config = ctypes.byref(CONFIGS[case.kind](*case.config))
         arguments = (config, case.m, x, records, table, out)
         if case.kind == "tile":

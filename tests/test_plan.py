@@ -14,8 +14,11 @@ from flute_vllm.tuning import sm90
 
 AMPERE = tuning.Device("a100", 108, 166912, 80)
 ADA = tuning.Device("l40s", 142, 101376, 89)
+# Newer generations: with a library built for them, and with PTX of 8.9 as setup.py has it.
 BLACKWELL = tuning.Device("b200", 148, 232448, 100)
-DEVICES = (tuning.H200, AMPERE, ADA, BLACKWELL)
+BLACKWELL_PTX = tuning.Device("b200", 148, 232448, 89)
+GEFORCE_PTX = tuning.Device("rtx5090", 170, 101376, 89)
+DEVICES = (tuning.H200, AMPERE, ADA, BLACKWELL, BLACKWELL_PTX, GEFORCE_PTX)
 layers = st.tuples(
     st.integers(1, 70000),
     st.integers(1, 1000).map(lambda units: 32 * units),

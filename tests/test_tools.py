@@ -18,9 +18,11 @@ from flute_vllm.format import LayerSpec
 from flute_vllm.quantize.model import QuantizeSettings, quantize_checkpoint
 from flute_vllm.tools import bench, doctor, peers
 from flute_vllm.tools.layers import LinearLayer, group_layers, model_layers, parse_rows
+from flute_vllm.tuning.images import FATBIN_MAGIC, architectures, code_for
 
 ZOO = Path(__file__).parent / "data" / "ckpt_w4"
 SPEC = LayerSpec(4, 128)
+DEFAULT_IMAGES = ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_80", "compute_89"]  # setup.py
 
 
 def run(*arguments: object):
@@ -98,7 +100,7 @@ def fat_binary(*images: tuple[int, int, int]) -> bytes:
         head = struct.pack("<HHIQ", kind, 0x101, 64, 4096) + bytes(12)
         head += struct.pack("<I", number) + bytes(8) + struct.pack("<Q", flags)
         entries += head.ljust(64, b"\0") + bytes(4096)
-    return doctor.FATBIN_MAGIC + struct.pack("<HHQ", 1, 16, len(entries)) + entries
+    return FATBIN_MAGIC + struct.pack("<HHQ", 1, 16, len(entries)) + entries
 
 
 def test_architectures_are_read_from_the_library(tmp_path):
@@ -106,25 +108,30 @@ def test_architectures_are_read_from_the_library(tmp_path):
     library.write_bytes(
         b"head" * 3 + fat_binary((2, 80, 0x11), (1, 80, 0x11)) + fat_binary((2, 90, 0x100011))
     )
-    assert doctor.architectures(library) == ["compute_80", "sm_80", "sm_90a"]
-    library.write_bytes(doctor.FATBIN_MAGIC + struct.pack("<HHQ", 1, 16, 1 << 40))
-    assert doctor.architectures(library) == []
+    assert architectures(library) == ("compute_80", "sm_80", "sm_90a")
+    library.write_bytes(FATBIN_MAGIC + struct.pack("<HHQ", 1, 16, 1 << 40))
+    assert architectures(library) == ()
 
 
 @pytest.mark.parametrize(
     ("capability", "images", "expected"),
     [
-        ("9.0", ["sm_90a"], True),
-        ("10.0", ["sm_90a"], False),
-        ("8.9", ["sm_80"], True),
-        ("9.0", ["sm_80", "sm_89"], False),
-        ("9.0", ["compute_80"], True),
-        ("8.0", ["sm_86"], False),
-        ("7.5", [], False),
+        ("9.0", ["sm_90a"], 90),
+        ("10.0", ["sm_90a"], None),
+        ("8.9", ["sm_80"], 80),
+        ("9.0", ["sm_80", "sm_89"], None),
+        ("9.0", ["compute_80"], 80),
+        ("8.0", ["sm_86"], None),
+        ("7.5", [], None),
+        ("9.0", DEFAULT_IMAGES, 90),
+        ("8.7", DEFAULT_IMAGES, 86),
+        ("10.0", DEFAULT_IMAGES, 89),
+        ("12.0", DEFAULT_IMAGES, 89),
+        ("12.0", [*DEFAULT_IMAGES, "sm_120"], 120),
     ],
 )
 def test_which_gpu_runs_which_code(capability, images, expected):
-    assert doctor.can_run(capability, images) is expected
+    assert code_for(capability, images) == expected
 
 
 def test_problems_name_a_fix():

@@ -21,6 +21,7 @@ COLUMNS = (32, 160, 2048, 4096, 14336, 28672)
 @pytest.mark.parametrize("device", [tuning.H200, AMPERE, ADA], ids=lambda device: device.name)
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_every_problem_gets_a_legal_launch(device, bits):
+    seen = set()
     for n, k, m, group in itertools.product(ROWS, COLUMNS, range(1, 33), (32, -1)):
         problem = tuning.Problem(n, k, m, bits, group)
         config = tuning.select(problem, device, environment={})
@@ -28,6 +29,8 @@ def test_every_problem_gets_a_legal_launch(device, bits):
         assert launch is not None, (problem, config)
         assert launch.shared_bytes <= device.shared_bytes
         assert launch.blocks % launch.cluster == 0
+        seen.add(config.warps)
+    assert seen == ({8, 16} if device is tuning.H200 else {16})
 
 
 def test_parts_never_share_a_block():
@@ -48,6 +51,42 @@ def test_environment_wins_where_it_is_legal():
     assert chosen == tuning.Config(4, 2, 2, 3)
     passed_over = tuning.select(problem, tuning.H200, environment={tuning.ENVIRONMENT: "999"})
     assert passed_over == tuning.select(problem, tuning.H200, environment={})
+
+
+def test_shared_memory_of_small_blocks():
+    """By hand, as plan_small of decode_launch.cuh: 1280 bytes before a table of 64 KiB; half of a
+    multiprocessor's 228 KiB less the system's share is 115,712."""
+    one = tuning.Problem(4096, 4096, 1, 4, 128)  # a request: two records of 1056 bytes
+    for slots, expected in ((2, 66816 + 16 * 2112), (3, 66816 + 23 * 2112)):
+        config = tuning.Config(2, 1, 1, slots, tuning.SMALL_WARPS)
+        assert tuning.launch(one, config, tuning.H200).shared_bytes == expected
+    assert tuning.launch(one, tuning.Config(2, 1, 1, 4, 8), tuning.H200) is None
+    two_bits = tuning.Problem(4096, 4096, 1, 2, 128)  # 1088 bytes a request
+    config = tuning.complete(two_bits, tuning.Config(2, warps=8), tuning.H200)
+    assert config.slots == 6
+    assert tuning.launch(two_bits, config, tuning.H200).shared_bytes == 66816 + 44 * 1088
+
+
+@pytest.mark.parametrize(
+    ("m", "device", "config"),
+    [
+        (9, tuning.H200, tuning.Config(2, 1, 1, 2, 8)),  # for up to 8 rows of x
+        (1, AMPERE, tuning.Config(2, 1, 1, 2, 8)),  # no launch begins early there
+        (1, ADA, tuning.Config(2, 1, 1, 2, 8)),
+        (1, tuning.H200, tuning.Config(16, 16, 1, 2, 8)),  # more groups than warps
+        (1, tuning.H200, tuning.Config(2, 1, 1, 2, 12)),
+        (8, tuning.H200, tuning.Config(60, 8, 2, 1, 8)),  # sums of a cluster beside the table
+    ],
+)
+def test_launches_of_small_blocks_that_are_refused(m, device, config):
+    problem = tuning.Problem(4096, 4096, m, 4, 128)
+    assert tuning.launch(problem, config, device) is None
+
+
+def test_a_wish_from_before_warps_is_told_what_changed():
+    problem = tuning.Problem(4096, 4096, 8, 4, 128)
+    with pytest.raises(FluteError, match="fifth number is warps"):
+        tuning.select(problem, tuning.H200, environment={tuning.ENVIRONMENT: "4,2,1,3,1"})
 
 
 def test_measured_entries_are_legal():

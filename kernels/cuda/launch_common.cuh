@@ -23,17 +23,12 @@ inline int log2_of(int power) {
 // The current device, and which of the compiled versions of a kernel it runs.
 struct DeviceLimits {
   int device = 0, shared_limit = 0, multiprocessors = 0, ptx_version = 0;
-  int shared_half = 0;  // of a block of which a multiprocessor takes two
 
   int load() {
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error =
             cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))
       return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(
-            &shared_half, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
-      return error;
-    shared_half = shared_half / 2 - kSharedReserved;
     return cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   // `versions`: of this kernel, one for each device; asked and prepared once.
@@ -53,6 +48,13 @@ struct DeviceLimits {
     ptx_version = code.ptxVersion;
     if (device < kMaxDevices) versions[device].store(ptx_version, std::memory_order_relaxed);
     return 0;
+  }
+  // Shared memory of a block of which a multiprocessor takes two.
+  int half_limit(int* bytes) const {
+    const cudaError_t error =
+        cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    *bytes = *bytes / 2 - kSharedReserved;
+    return error;
   }
   int slot() const { return device < kMaxDevices ? device : 0; }
   // Clusters of `size` blocks that the device runs at once; asked once and `known` from then on.
@@ -100,8 +102,8 @@ inline int map_rows(CUtensorMap* map, const void* x, int m, int k, int dtype, in
   return result == CUDA_SUCCESS ? 0 : kBadShape;
 }
 
-// `blocks` of a launch, on a device that runs one on each multiprocessor at a time.
-inline Ahead make_ahead(const FluteAhead* ahead, int blocks, int multiprocessors) {
+// `blocks` of a launch, on a device that runs `at_once` of them.
+inline Ahead make_ahead(const FluteAhead* ahead, int blocks, int at_once) {
   Ahead made{};
   if (ahead == nullptr || ahead->records == nullptr) return made;
   const int64_t bytes = ahead->bytes < ahead->total ? ahead->bytes : ahead->total;
@@ -109,7 +111,7 @@ inline Ahead make_ahead(const FluteAhead* ahead, int blocks, int multiprocessors
   made.from = static_cast<const uint8_t*>(ahead->records);
   made.chunks = static_cast<uint32_t>(bytes / kAheadChunk);
   made.stride = static_cast<uint32_t>(ahead->total / made.chunks) & ~15u;
-  made.first_block = blocks > multiprocessors ? blocks - multiprocessors : 0;
+  made.first_block = blocks > at_once ? blocks - at_once : 0;
   return made;
 }
 

@@ -75,6 +75,12 @@ __host__ __device__ constexpr int scale_index(int groups, int row, int group) {
   return 2 * ((row % 8) * groups + group) + row / 8;
 }
 
+// Kernels read x in 16 bytes, and the entries of a pair table as words.
+inline bool operands_aligned(const FluteMatrix& matrix, const void* x, const void* table) {
+  return reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
+         !(matrix.pair_table && reinterpret_cast<uintptr_t>(table) % 4);
+}
+
 // The parts of a matrix as a kernel sees them, by value.
 struct Parts {
   int count;

@@ -16,7 +16,9 @@
 namespace flute {
 
 constexpr int kTableEntries = 256;
-constexpr int kSharedReserved = 1024;  // the system's share at the start of a block's memory
+// The system's share at the start of a block's memory. Where tables lie is counted from its end, so
+// no kernel that has one may have shared memory of its own besides what the launch gives it.
+constexpr int kSharedReserved = 1024;
 
 // Wide rows need 128 KiB of shared memory; sm_86, sm_89 and sm_120 have 100.
 __host__ __device__ constexpr bool has_wide_table(int arch) {

@@ -55,7 +55,7 @@ int64_t flute_tile_workspace(const FluteMatrix* matrix, const FluteTileConfig* c
 
 int flute_tile(const FluteMatrix* matrix, const FluteTileConfig* config, int32_t m, const void* x,
                const void* records, const void* table, void* y, void* workspace, void* stream) {
-  if (flute_record_words(matrix) < 0 || m < 1 || reinterpret_cast<uintptr_t>(x) % 16)
+  if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(*matrix, x, table))
     return flute::kBadShape;
   if (config->splits > 1 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16))
     return flute::kBadConfig;

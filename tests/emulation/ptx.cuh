@@ -42,11 +42,13 @@ template <typename V>
 void store_shared_as(uint32_t address, V value) {
   memcpy(at_shared(address, sizeof(V)), &value, sizeof(V));
 }
-inline uint32_t load_table(uint32_t address) {
-  return load_shared_as<uint32_t>(address);
+template <int At = 0>
+uint32_t load_table(uint32_t address) {
+  return load_shared_as<uint32_t>(address + At);
 }
-inline uint2 load_table2(uint32_t address) {
-  return load_shared_as<uint2>(address);
+template <int At = 0>
+uint2 load_table2(uint32_t address) {
+  return load_shared_as<uint2>(address + At);
 }
 inline uint32_t load_shared(uint32_t address) {
   return load_shared_as<uint32_t>(address);

@@ -22,7 +22,8 @@ typedef struct {
   int32_t bits;                        // 2, 3, 4
   int32_t group_size;                  // 32, 64, 128, 256, or -1: one scale per row
   int32_t dtype;                       // of x, y, scales and table
-  int32_t pair_table;                  // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2]
+  int32_t pair_table;                  // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2], which
+                                       // begins at a multiple of four bytes
   int32_t parts;                       // 1 .. FLUTE_MAX_PARTS
   int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
 } FluteMatrix;
@@ -35,7 +36,7 @@ typedef struct {
   int32_t splits;     // blocks of a cluster that split k: 1, 2, 4 or 8
   int32_t slots;      // requests in flight per warp; 0: as many as serve
   int32_t warps;      // of a block: 16, or 8 for up to 8 rows of x where two blocks shall fit a
-                      // multiprocessor (compute capability 9.0)
+                      // multiprocessor (code for compute capability 9.0 and later)
   int32_t overlap;    // 0: start after the previous kernel. n > 0: programmatic dependent launch
                       // with n of the slots requested before the previous kernel has finished
 } FluteDecodeConfig;
