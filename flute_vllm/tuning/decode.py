@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device, measured
+from flute_vllm.tuning.device import SHARED_RESERVED, TILE_K, TILE_ROWS, Device, measured
 from flute_vllm.tuning.problem import ProblemBase
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
 X_ROW_BYTES = 2 * TILE_K + 16
 BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
-SHARED_RESERVED = 1024  # the system's share at the start of a block's shared memory
 SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
 MUCH_TO_DO = 400  # tiles of a multiprocessor from which two small blocks beat a large one
@@ -211,7 +210,7 @@ def efficiency(problem: Problem, config: Config, device: Device) -> float:
         cost *= 1.04 if each >= MUCH_TO_DO else 0.95
     elif problem.width == 8:  # the fewer, the shorter the code (max_rows_each of C++'s variants)
         cost *= 1.0 if config.rows_each <= 2 else 0.99 if config.rows_each <= 4 else 0.97
-        # One warp that brings a step's x for many row tiles is late: 11 % at M = 8, nothing at 1.
+        # One warp that brings a step's x for many row tiles is late: a tenth at M = 8, not at 1.
         if config.row_warps == 1 and config.rows_each > 3 and problem.m > 4:
             cost *= 0.93
     return busy * k_even * rows_even**0.4 * max(cost, 0.1) / (1 + x_loads + x_reads)

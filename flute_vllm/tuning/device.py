@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 TILE_ROWS, TILE_K = 16, 128  # of a record, kernels/cuda/layout.cuh
+SHARED_RESERVED = 1024  # the system's share at the start of a block's shared memory
 CONFIG_FOLDER = data_path("configs", "tuning")
 
 

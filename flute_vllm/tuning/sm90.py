@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning.device import TILE_K, TILE_ROWS, Device
+from flute_vllm.tuning.device import SHARED_RESERVED, TILE_K, TILE_ROWS, Device
 from flute_vllm.tuning.problem import ProblemBase
 
 WARPGROUPS = {16: (8, 4), 32: (8, 4), 64: (4,), 128: (4,)}  # of a block, compiled for columns
@@ -23,7 +23,6 @@ PREFILL_TILES = 8  # 16-row tiles of a block
 PREFILL_GROUPS = 2  # warpgroups of a block that multiply
 MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
-RESERVED = 1024  # of a block's shared memory, before its first byte
 PREFILL_STAGES = 8  # of weights and of x, at most
 PREFILL_BARRIER_BYTES = 1024
 PREFILL_STAGED_BYTES = 2 * 32 * 144  # sums of a warpgroup on their way out
@@ -146,7 +145,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     ):  # fmt: skip
         return None
     region = config.stages * problem.slot_bytes(config)
-    before = TABLE_OFFSET - RESERVED
+    before = TABLE_OFFSET - SHARED_RESERVED
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
     warps = 4 * config.warpgroups
     low = min(warps, (before - config.barrier_bytes) // region)

@@ -69,8 +69,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   int limit = device.shared_limit;
   if (Shape::kSmall)
     if (const int error = device.half_limit(&limit)) return error;
-  if (config.row_tiles < 1 || config.row_warps < 1 || config.splits < 1 || config.overlap < 0)
-    return kBadConfig;
+  if (config.splits < 1 || config.overlap < 0) return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
   if (rows_each > Shape::kMaxRows || config.row_tiles > 128 || Shape::kWarps % config.row_warps ||
       config.splits > 8 || (config.splits & (config.splits - 1)))
@@ -174,7 +173,7 @@ int launch_x_tiles(FLUTE_DECODE_ARGUMENTS) {
   const bool small = config.warps == kWarpsOfSmall;
   if (!(small ? m <= 8 : config.warps == 16)) return kBadConfig;
   if (config.row_tiles < 1 || config.row_warps < 1) return kBadConfig;
-  const int rows = ceil_div(config.row_tiles, config.row_warps);  // launch_shape refuses too many
+  const int rows = ceil_div(config.row_tiles, config.row_warps);  // launch_shape judges the rest
   const auto launch = small && rows <= 4 ? launch_groups<Bits, T, 1, kWarpsOfSmall, 4>
                       : small            ? launch_groups<Bits, T, 1, kWarpsOfSmall, 8>
                       : m > 16           ? launch_groups<Bits, T, 4, 16, 2>

@@ -103,16 +103,7 @@ template <typename Shape>
 struct Scales {
   uint32_t word[Shape::kGroups];
   __device__ __forceinline__ void load(uint32_t record, int lane) {
-    const uint32_t at = record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
-    if constexpr (Shape::kGroups == 1) {
-      word[0] = load_shared(at);
-    } else if constexpr (Shape::kGroups == 2) {
-      const uint2 v = load_shared2(at);
-      word[0] = v.x, word[1] = v.y;
-    } else {
-      const uint4 v = load_shared4(at);
-      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
-    }
+    load_words(word, record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4);
   }
 };
 

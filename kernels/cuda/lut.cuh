@@ -101,6 +101,20 @@ struct TableFill {
   }
 };
 
+// One, two or four words side by side in shared memory.
+template <int Words>
+__device__ __forceinline__ void load_words(uint32_t (&word)[Words], uint32_t at) {
+  if constexpr (Words == 1) {
+    word[0] = load_shared(at);
+  } else if constexpr (Words == 2) {
+    const uint2 q = load_shared2(at);
+    word[0] = q.x, word[1] = q.y;
+  } else {
+    const uint4 q = load_shared4(at);
+    word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
+  }
+}
+
 // The codes of one tile that a lane holds, read from a record in shared memory.
 template <int Bits>
 struct Codes;

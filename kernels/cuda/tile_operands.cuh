@@ -12,20 +12,6 @@ namespace flute {
 template <int Bits, int Pairs>
 struct PairCodes;
 
-// Pairs * 2 words, or as many words as pairs.
-template <int Words>
-__device__ __forceinline__ void load_words(uint32_t (&word)[Words], uint32_t at) {
-  if constexpr (Words == 1) {
-    word[0] = load_shared(at);
-  } else if constexpr (Words == 2) {
-    const uint2 q = load_shared2(at);
-    word[0] = q.x, word[1] = q.y;
-  } else {
-    const uint4 q = load_shared4(at);
-    word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
-  }
-}
-
 template <int Pairs>
 struct PairCodes<4, Pairs> {
   uint32_t word[2 * Pairs];
