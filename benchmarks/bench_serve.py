@@ -133,6 +133,7 @@ def start(arguments: argparse.Namespace, run: Run) -> None:
         "prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps,
         "prefill": arguments.prefill, "repeats": arguments.repeats,
         "vocabulary": MODELS[run.model]["vocab_size"], "method": run.method,
+        "profile": arguments.profile_steps,
         "ready": str(run.folder / "ready"), "go": str(run.folder / "go"),
     }  # fmt: skip
     (run.folder / "job.json").write_text(json.dumps(job))
@@ -212,11 +213,26 @@ def finish(run: Run, arguments: argparse.Namespace) -> dict:
         return row | {"error": f"expected {run.settings.kernel!r} in the log, found {shown}"}
     result = json.loads((run.folder / "result.json").read_text())
     row |= {key: result[key] for key in ("decode_ms", "decode_tok_s", "prefill_tok_s", "start_s")}
+    if "profile" in result:
+        save_profile(arguments, run, result)
     return row | {
         "load_s": max(loads) if loads else None, "peak_gib": result["peak_gib"],
         "together": run.together, "gpus": list(run.devices or range(run.tp)),
         "versions": result["versions"],
     }  # fmt: skip
+
+
+def save_profile(arguments: argparse.Namespace, run: Run, result: dict) -> None:
+    """Adds one engine's kernels to ``*_profile.json`` beside the output."""
+    path = arguments.out.with_name(f"{arguments.out.stem}_profile.json")
+    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    record |= {
+        "device": ask_gpu("name") or "CPU", **result["versions"],
+        "commit": arguments.commit or head_commit(), "command": "python " + " ".join(sys.argv),
+        "prompt_tokens": arguments.prompt_tokens,
+        "rows": merge(record["rows"], [row_of(run) | {"steps": result["profile"]}]),
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run_group(arguments: argparse.Namespace, runs: list[Run]):
@@ -279,6 +295,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prefill", default="8x2048", help="prompts x tokens of each")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile-steps", type=int, default=0, help="also list a step's kernels")
     parser.add_argument("--kv-gib", type=float, default=0, help="on each GPU; 0: what is needed")
     parser.add_argument("--together", type=int, default=1, help="engines that start at once")
     parser.add_argument("--gpus", type=int, default=0, help="to place engines on; 0: the first tp")

@@ -2,7 +2,8 @@
 
 The child of ``bench_serve.py``. A job has ``engine`` (arguments of vllm.LLM), ``batches``,
 ``prompt_tokens``, ``steps``, ``prefill`` (prompts, tokens of each), ``repeats``, ``vocabulary``,
-``method``, and ``ready`` and ``go``: files with which engines that start together take turns.
+``method``, and ``ready`` and ``go``: files with which engines that start together take turns; with
+``profile``, a number of steps, the kernels of one decode step at each batch size are listed too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import statistics
 import sys
 import time
 from pathlib import Path
+
+import step_profile
 
 START = time.monotonic()
 SHORT = 4  # steps of the run that is subtracted: it holds prefill and the first, slower steps
@@ -69,6 +72,15 @@ class Engine:
             found.append((self.seconds(prompts, SHORT + steps) - short) / steps * 1e3)
         return statistics.median(found)
 
+    def profile(self, batch: int, prompt_tokens: int, steps: int) -> dict:
+        """Kernels of one decode step (``step_profile.py``), of the first worker."""
+        prompts = self.prompts(batch, prompt_tokens)
+        self.seconds(prompts, SHORT)
+        self.llm.collective_rpc(step_profile.start)
+        self.seconds(prompts, SHORT + steps)
+        events = self.llm.collective_rpc(step_profile.stop)[0]
+        return step_profile.summary(events, SHORT + steps)
+
     def prefill_tok_s(self, count: int, tokens: int, repeats: int) -> float:
         self.seconds(self.prompts(count, tokens), 1)
         times = [self.seconds(self.prompts(count, tokens), 1) for _ in range(repeats)]
@@ -105,7 +117,13 @@ def measure(job: dict) -> dict:
     }
     prefill = engine.prefill_tok_s(*job["prefill"], job["repeats"])
     peaks = engine.llm.collective_rpc(peak_bytes)
+    steps = job.get("profile", 0)
+    profiles = {
+        str(batch): engine.profile(batch, job["prompt_tokens"], steps)
+        for batch in (job["batches"] if steps else ())
+    }
     return {
+        **({"profile": profiles} if steps else {}),
         "decode_ms": {batch: round(ms, 3) for batch, ms in decode.items()},
         "decode_tok_s": {batch: round(int(batch) / ms * 1e3, 1) for batch, ms in decode.items()},
         "prefill_tok_s": round(prefill), "start_s": round(started, 1),
