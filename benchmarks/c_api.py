@@ -13,6 +13,7 @@ class Matrix(ctypes.Structure):
         ("pair_table", ctypes.c_int32),
         ("parts", ctypes.c_int32),
         ("part_rows", ctypes.c_int32 * MAX_PARTS),
+        ("activation", ctypes.c_int32),
     ]
 
 

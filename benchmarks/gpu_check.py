@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 
 import torch
+from check_gated import check_gated
 from kernel_library import Library, device
 
 from flute_vllm import tuning
@@ -179,6 +180,7 @@ def main() -> None:
         gpu = replace(gpu, name="forced", capability=arguments.capability)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["grid"] = check_grid(library, gpu, arguments.small)
+    result["gated"] = check_gated(library, gpu, random_entry, arguments.small)
     result["repeats"] = check_repeats(library, gpu, 2 if arguments.small else arguments.repeats)
     result["seconds"] = round(time.time() - start, 1)
     print(json.dumps(result))

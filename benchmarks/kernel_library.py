@@ -7,7 +7,7 @@ object that exports ``launch.h``: the package's extension, or ``nvcc -shared ker
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from c_api import MAX_PARTS, Ahead, DecodeConfig, Matrix, Sm90Config, TileConfig, open_library
@@ -159,6 +159,18 @@ class Library:
         self._call(self.c.flute_tile, layer.matrix, *arguments)
         return y
 
+    def activate(self, x: torch.Tensor, activation: int, y: torch.Tensor) -> torch.Tensor:
+        """y [m, n] = act(x[:, :n]) * x[:, n:] of contiguous x [m, 2 n]."""
+        dtype = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}[x.dtype]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = self.c.flute_activate(
+            activation, dtype, ctypes.c_int64(y.shape[0]), ctypes.c_int64(y.shape[1]),
+            ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), stream,
+        )  # fmt: skip
+        if error:
+            raise RuntimeError(self.c.flute_error_text(error).decode())
+        return y
+
     def run(
         self,
         layer: Layer,
@@ -166,8 +178,14 @@ class Library:
         x: torch.Tensor,
         y: torch.Tensor,
         records: torch.Tensor | None = None,
+        activation: int = 0,
     ) -> torch.Tensor:
-        """What the op does with an entry of a plan."""
+        """What the op does with an entry of a plan; gated, for entries that can, y is half as
+        wide."""
+        if activation:
+            matrix = Matrix.from_buffer_copy(layer.matrix)
+            matrix.activation = activation
+            layer = replace(layer, matrix=matrix)
         if entry.kernel == tuning.DECODE:
             return self.decode(layer, tuning.Config(*entry.config), x, y, records)
         if entry.kernel == tuning.SM90:

@@ -123,7 +123,9 @@ Tensor dense_records(const char* op, const FluteMatrix& matrix, const Tensor& qw
 enum Kernel : int64_t { kDense, kDecode, kSm90, kTile };
 struct PlanEntry {
   static constexpr size_t kNumbers = 10;
+  static constexpr int64_t kGates = 16;  // added to the kernel: its launch can apply an activation
   int64_t largest_m, kernel;
+  bool gates;
   std::array<int32_t, 8> config;
 };
 
@@ -133,11 +135,12 @@ PlanEntry plan_entry(const std::vector<int64_t>& plan, int64_t m) {
               ("pass what flute_vllm.tuning.plan returns for this layer"));
   for (size_t at = 0; at < plan.size(); at += PlanEntry::kNumbers) {
     if (plan[at] != 0 && m > plan[at]) continue;
-    PlanEntry entry{plan[at], plan[at + 1], {}};
+    const int64_t kernel = plan[at + 1];
+    PlanEntry entry{plan[at], kernel % PlanEntry::kGates, kernel >= PlanEntry::kGates, {}};
     for (size_t i = 0; i < entry.config.size(); ++i) entry.config[i] = int32_t(plan[at + 2 + i]);
     return entry;
   }
-  return {0, kDense, {}};
+  return {0, kDense, false, {}};
 }
 
 // The records that the kernels ask for ahead: `next` is the qweight of the layer that runs next.
@@ -150,26 +153,49 @@ FluteAhead ahead_of(const std::optional<Tensor>& next, int64_t next_bytes) {
   return {next->data_ptr(), next->numel() * 4, next_bytes};
 }
 
+// [..., N] to act(first half) * second half [..., N / 2].
+Tensor activated(const Tensor& gate_up, int64_t activation) {
+  const int64_t n = gate_up.size(gate_up.dim() - 1) / 2;
+  Tensor y = empty_output(gate_up, n);
+  if (y.numel() == 0) return y;
+  const Tensor input = ts::contiguous(gate_up);
+  const ScalarType type = gate_up.scalar_type();
+  const int32_t dtype = type == ScalarType::BFloat16 ? FLUTE_BFLOAT16
+                        : type == ScalarType::Half   ? FLUTE_FLOAT16
+                                                     : FLUTE_FLOAT32;
+  const ts::accelerator::DeviceGuard guard(gate_up.get_device_index());
+  check_kernel("gemm_gated",
+               flute_activate(int32_t(activation), dtype, y.numel() / n, n, input.data_ptr(),
+                              y.mutable_data_ptr(), current_stream(gate_up.get_device_index())));
+  return y;
+}
+
+// `activation`: of a gated product, else FLUTE_NO_ACTIVATION.
 Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                     const Tensor& table, const std::vector<int64_t>& part_sizes, int64_t bits,
                     int64_t group_size, const std::vector<int64_t>& plan,
-                    const std::optional<Tensor>& next, int64_t next_bytes) {
+                    const std::optional<Tensor>& next, int64_t next_bytes, int64_t activation) {
   const int64_t k = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
   FLUTE_CHECK(x.scalar_type() == scales.scalar_type() && x.is_cuda() && k > 0, "gemm", "x",
               (name_of(x.scalar_type()), " ", shape_of(x), " with scales of ",
                name_of(scales.scalar_type()), " in the internal layout"),
               ("convert x, or repack with scales of its dtype"));
-  const FluteMatrix matrix =
+  FluteMatrix matrix =
       check_records("gemm", qweight, scales, table, part_sizes, bits, group_size, k);
   const int64_t m = x.numel() / k;
   FLUTE_CHECK(m < (int64_t(1) << 31), "gemm", "x", (m, " rows"), ("pass fewer rows"));
-  if (m == 0) return empty_output(x, matrix.n);
+  if (m == 0) return empty_output(x, activation ? matrix.n / 2 : matrix.n);
   const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
   const PlanEntry entry = plan_entry(plan, m);
+  if (activation && !entry.gates)
+    return activated(gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan,
+                                  next, next_bytes, FLUTE_NO_ACTIVATION),
+                     activation);
+  matrix.activation = int32_t(activation);
   if (entry.kernel == kDense)
     return ts::matmul(x,
                       ts::transpose(dense_records("gemm", matrix, qweight, scales, table), 0, 1));
-  Tensor y = empty_output(x, matrix.n);
+  Tensor y = empty_output(x, activation ? matrix.n / 2 : matrix.n);
   Tensor input = ts::contiguous(x);
   if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) input = ts::clone(input);
   const void *from = input.data_ptr(), *records = qweight.data_ptr(), *values = table.data_ptr();
@@ -213,13 +239,25 @@ Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const 
             std::vector<int64_t> plan, std::optional<Tensor> next, int64_t next_bytes) {
   if (is_internal(qweight))
     return gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan, next,
-                        next_bytes);
+                        next_bytes, FLUTE_NO_ACTIVATION);
   const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
   const Dtype dtype = check_input("gemm", x, qweight, weight);
   if (x.numel() == 0 || weight.n == 0) return empty_output(x, weight.n);
   const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
   const Tensor dense = dense_weight("gemm", weight, qweight, weight.layer.dtype, dtype);
   return ts::matmul(x, ts::transpose(dense, 0, 1));
+}
+
+Tensor gemm_gated(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                  const Tensor& table, std::vector<int64_t> part_sizes, int64_t bits,
+                  int64_t group_size, int64_t activation, std::vector<int64_t> plan,
+                  std::optional<Tensor> next, int64_t next_bytes) {
+  check_gated(part_sizes, activation);
+  if (is_internal(qweight))
+    return gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan, next,
+                        next_bytes, activation);
+  return activated(gemm(x, qweight, scales, table, part_sizes, bits, group_size, {}, {}, 0),
+                   activation);
 }
 
 Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& table,
@@ -244,6 +282,7 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& tab
 
 STABLE_TORCH_LIBRARY_IMPL(flute, CUDA, m) {
   m.impl("gemm", TORCH_BOX(&flute::gemm));
+  m.impl("gemm_gated", TORCH_BOX(&flute::gemm_gated));
   m.impl("dequantize", TORCH_BOX(&flute::dequantize));
   m.impl("repack", TORCH_BOX(&flute::repack));
 }

@@ -38,6 +38,7 @@ from flute_vllm.tuning.plan import (
     DECODE,
     DENSE,
     ENTRY_NUMBERS,
+    GATES,
     KERNEL_NAMES,
     SM90,
     SM90_BUCKETS,
@@ -45,6 +46,7 @@ from flute_vllm.tuning.plan import (
     Entry,
     ahead_bytes,
     by_rows,
+    can_gate,
     entries,
     entry_of,
     plan,
@@ -91,5 +93,7 @@ __all__ = [
     "plan",
     "single",
     "by_rows",
+    "can_gate",
+    "GATES",
     "select",
 ]

@@ -21,8 +21,10 @@ from flute_vllm.tuning.device import Device, measured
 DENSE, DECODE, SM90, TILE = range(4)  # as in kernels/bindings_cuda.cpp
 KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile")
 ENTRY_NUMBERS = 10  # largest M (0: any), kernel, up to eight numbers of its config
+GATES = 16  # added to the kernel where its launch can apply a gated activation
 DENSE_BYTES = 256 << 20  # of a dequantized weight, at most
 DENSE_PAIR_ROWS = 1024
+MAX_CLUSTER = 8  # blocks
 AHEAD_ENVIRONMENT = "FLUTE_AHEAD_BYTES"
 AHEAD_BYTES = 4 << 20  # of the next layer, asked for as a launch ends (NOTES.md)
 SM90_BUCKETS = (
@@ -39,10 +41,11 @@ class Entry:
     kernel: int
     config: tuple[int, ...] = ()
     why: str = ""
+    gates: bool = False  # its launch can also apply the activation of flute::gemm_gated
 
     @property
     def numbers(self) -> list[int]:
-        head = [self.largest_m, self.kernel, *self.config]
+        head = [self.largest_m, self.kernel + GATES * self.gates, *self.config]
         return head + [0] * (ENTRY_NUMBERS - len(head))
 
 
@@ -68,6 +71,9 @@ def entries(
             config = tile.select(tile.Problem(n, k, rows, bits, group_size, parts), device)
             found.append(Entry(m, TILE, config.numbers, "heuristic"))
         return found
+
+    def gated(entry: Entry) -> Entry:
+        return replace(entry, gates=can_gate(entry, parts))
 
     found = [decoding(decode.BUCKETS[0])]
     forced = decode.ENVIRONMENT in environment
@@ -96,7 +102,27 @@ def entries(
             why, config = "heuristic", sm90.select(problem, device)
         found.append(Entry(m, SM90, (*config.numbers[:-1], config.overlap or overlap), why))
     found.append(replace(found[-1], largest_m=0))
-    return found
+    return [gated(entry) for entry in found]
+
+
+def can_gate(entry: Entry, parts: tuple[int, ...]) -> bool:
+    """Whether a launch on compute capability 9.0 can end with ``act(gate) * up``, gate and up being
+    the two ``parts``: as in kernels/include/flute/launch.h.
+
+    The blocks of both form a cluster, which has eight at most, and need all of their sums at once.
+    """
+    if len(parts) != 2 or parts[0] != parts[1]:
+        return False
+    if entry.kernel == DECODE:
+        return 2 * decode.Config(*entry.config).splits <= MAX_CLUSTER
+    if entry.kernel != SM90:
+        return False
+    config = sm90.Config(*entry.config)
+    return (
+        not config.prefill
+        and 2 * config.splits <= MAX_CLUSTER
+        and config.row_tiles <= 4 * config.row_groups
+    )
 
 
 def plan(

@@ -11,6 +11,7 @@
 // is rounded after the table.
 #pragma once
 
+#include "activation.cuh"
 #include "ahead.cuh"
 #include "decode_operands.cuh"
 
@@ -22,8 +23,9 @@ struct DecodeParams {
   const uint8_t* table;
   const void* x;
   void* y;
-  int m, n, k, k_tiles;
-  int table_bytes;  // of one part
+  int m, n, k, k_tiles;  // n: columns of y
+  int activation;        // of a gated launch, else 0
+  int table_bytes;       // of one part
   bool pair_table;
   int row_tiles, row_warps, k_warps, splits, slots;
   int k_warps_log2, splits_log2;  // both are powers of two: an integer division costs
@@ -48,7 +50,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   const int split = blockIdx.x & (p.splits - 1);
-  const BlockRows block(p, blockIdx.x >> p.splits_log2);
+  const int half = half_of_block(p, blockIdx.x >> p.splits_log2);
+  const BlockRows block(p, row_block(p, blockIdx.x >> p.splits_log2));
 
   // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions. Of a
   // small block: barriers | table and x | regions.
@@ -251,11 +254,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
       write(m, row, sum);
     }
   };
-  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row;
+  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row - half * p.n;
   auto write_y = [&](int m, int row, float sum) {
     y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
   };
-  if (p.splits == 1) {
+  if (p.splits == 1 && !p.activation) {
     for_each_output(write_y);
     return;
   }
@@ -268,14 +271,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
     store_shared_float(block_sums + (m * stride + row) * 4, sum);
   });
   cluster_sync();
+  const int ranks = p.activation ? 2 * p.splits : p.splits;  // of a cluster, gate's before up's
 #pragma unroll 1
-  for (int i = split * Shape::kThreads + thread; i < p.m * stride;
-       i += Shape::kThreads << p.splits_log2) {
+  for (int i = (half * p.splits + split) * Shape::kThreads + thread; i < p.m * stride;
+       i += Shape::kThreads * ranks) {
     const int unit = i / 16, m = divide(unit, p.row_tiles_inverse), row = i - m * stride;
     if (row >= block.rows) continue;
-    float sum = 0;
-    for (int rank = 0; rank < p.splits; rank++) sum += load_cluster_float(block_sums + i * 4, rank);
-    write_y(m, row, sum);
+    auto sum_from = [&](int first) {
+      float sum = 0;
+      for (int rank = first; rank < first + p.splits; rank++)
+        sum += load_cluster_float(block_sums + i * 4, rank);
+      return sum;
+    };
+    const float sum = sum_from(0);
+    write_y(m, row, p.activation ? activate(p.activation, sum, sum_from(p.splits)) : sum);
   }
   cluster_sync();  // no block leaves while another reads its sums
 #endif

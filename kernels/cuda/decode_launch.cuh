@@ -15,7 +15,7 @@ struct SharedPlan {
 // A small block: its barriers, the table with x in it, a region for each warp. Where not all of
 // them have room for `slots` requests, the last ones have one less.
 template <typename Shape>
-SharedPlan plan_small(const FluteDecodeConfig& config, int m, int limit) {
+SharedPlan plan_small(const FluteDecodeConfig& config, int m, bool shares_sums, int limit) {
   SharedPlan plan{};
   plan.high_region = kSmallTable - kSharedReserved + table_bytes(true);
   plan.region_bytes = config.slots * Shape::kSlot;
@@ -25,17 +25,18 @@ SharedPlan plan_small(const FluteDecodeConfig& config, int m, int limit) {
   plan.full_regions = Shape::kWarps - shorter;
   plan.total = plan.high_region + Shape::kWarps * plan.region_bytes - shorter * Shape::kSlot;
   const int least = plan.region_bytes - (shorter > 0 ? Shape::kSlot : 0);
-  const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
+  const int sums = shares_sums ? config.row_tiles * kTileRows * m * 4 : 0;
   if (shorter >= Shape::kWarps || least < Shape::kSlot || plan.high_region + sums > plan.total)
     plan.total = -1;
   return plan;
 }
 
 // Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table
-// where there is no room before it.
+// where there is no room before it. `shares_sums`: the blocks of a cluster read each other's.
 template <typename Shape>
-SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int limit) {
-  if constexpr (Shape::kSmall) return plan_small<Shape>(config, m, limit);
+SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool shares_sums, bool wide,
+                       int limit) {
+  if constexpr (Shape::kSmall) return plan_small<Shape>(config, m, shares_sums, limit);
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
   const int ring = config.slots * Shape::kSlot, partial = rows_each * Shape::kPartialTile;
   SharedPlan plan{};
@@ -54,7 +55,7 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool wide, int li
   }
   plan.low_regions = (before - plan.first_region) / plan.region_bytes;
   if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
-  const int sums = config.splits > 1 ? config.row_tiles * kTileRows * m * 4 : 0;
+  const int sums = shares_sums ? config.row_tiles * kTileRows * m * 4 : 0;
   plan.total = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
   if (sums > table_bytes(wide) || plan.total > limit) plan.total = -1;
   return plan;
@@ -79,7 +80,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   if (const int error = device.prepare(decode_kernel<Shape>, versions)) return error;
   const int version = device.ptx_version;
   const bool wide = has_wide_table(version), hopper = version >= 90;
-  if (config.splits > 1 && !hopper) return kBadConfig;
+  const bool gated = is_gated(matrix), shares_sums = gated || config.splits > 1;
+  if ((shares_sums && !hopper) || (gated && !can_gate(matrix, config.splits))) return kBadConfig;
   if (Shape::kSmall && !(hopper && wide)) return kBadConfig;
 
   SharedPlan plan;
@@ -92,10 +94,10 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
       config.slots--;
-      plan = plan_shared<Shape>(config, m, wide, limit);
+      plan = plan_shared<Shape>(config, m, shares_sums, wide, limit);
     } while (plan.total < 0 && config.slots > least_slots);
   } else {
-    plan = plan_shared<Shape>(config, m, wide, limit);
+    plan = plan_shared<Shape>(config, m, shares_sums, wide, limit);
   }
   if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots) return kBadConfig;
 
@@ -105,9 +107,10 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       x,
                       y,
                       m,
-                      matrix.n,
+                      gated ? matrix.n / 2 : matrix.n,
                       matrix.k,
                       ceil_div(matrix.k, kTileK),
+                      matrix.activation,
                       table_entry * 2,
                       matrix.pair_table != 0,
                       config.row_tiles,
@@ -139,7 +142,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
       make_ahead(ahead, blocks * config.splits, device.multiprocessors * (Shape::kSmall ? 2 : 1));
 
   return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
-                       plan.total, config.splits, config.overlap && hopper, stream, params);
+                       plan.total, gated ? 2 * config.splits : config.splits,
+                       config.overlap && hopper, stream, params);
 }
 
 // One function for each bit width, each in a file of its own so that they build side by side.

@@ -12,6 +12,7 @@
 // they split k. All sums are in a fixed order.
 #pragma once
 
+#include "activation.cuh"
 #include "ahead.cuh"
 #include "sm90_products.cuh"
 
@@ -37,8 +38,9 @@ struct Sm90Params {
   const uint8_t* records;
   const uint8_t* table;
   void* y;
-  int m, n, k_tiles;
-  int table_bytes;  // of one part
+  int m, n, k_tiles;  // n: columns of y
+  int activation;     // of a gated launch, else 0
+  int table_bytes;    // of one part
   bool pair_table;
   int row_tiles;                       // 16-row tiles of a block
   int row_groups_log2, k_groups_log2;  // of warpgroups
@@ -65,8 +67,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
   const int group = warp / 4, quarter = warp % 4;
   const int splits = 1 << p.splits_log2, split = blockIdx.x & (splits - 1);
-  const int column0 = (blockIdx.x >> p.splits_log2) * Shape::kColumns;  // first row of x
-  const BlockRows block(p, blockIdx.y);
+  // In x: the blocks that split k, within the halves of a gated launch, within the columns of x.
+  const int half = half_of_block(p, blockIdx.x >> p.splits_log2);
+  const int column0 =  // first row of x
+      (blockIdx.x >> (p.splits_log2 + (p.activation ? 1 : 0))) * Shape::kColumns;
+  const BlockRows block(p, blockIdx.y + half * p.first_block[1]);
+  const int first_row = block.first_row - half * p.n;  // in y
 
   // This warpgroup's share: in each round the block's 64-row tile round * row_groups + row_group,
   // and `k_tiles` k tiles from `begin`.
@@ -138,9 +144,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
   const Decoder<Shape::kBits> decoder(table, lane);
   Products<Shape> products;
-  T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + block.first_row;
+  T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + first_row;
   const int columns = min(Shape::kColumns, p.m - column0);
-  const bool alone = splits == 1 && k_groups == 1;  // nobody else has a share in its sums
+  // Nobody else has a share in its sums, or needs them.
+  const bool alone = splits == 1 && k_groups == 1 && !p.activation;
   for (int round = 0; round < rounds && rows > 0; round++) {
     if (round == rows) {  // the other warpgroups still share x with this one
       for (int i = 0; i < k_tiles; i++) x.release(x.take(), lane, brings_x);
@@ -172,7 +179,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (alone) {
       const int tile = (round * row_groups + row_group) * 4 + quarter;
       write_sums(products.sums, y + tile * kTileRows, p.n, block.rows - tile * kTileRows, columns,
-                 ((p.n | block.first_row | block.rows) & 1) == 0, lane);
+                 ((p.n | first_row | block.rows) & 1) == 0, lane);
     }
   }
   p.ahead.ask(blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y, warp,
@@ -206,7 +213,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int i = 1; i < k_groups; i++) add(sum, load_shared_float4(at + i * 4 * kPartialBytes));
     return sum;
   };
-  const bool aligned = ((p.n | block.first_row) & 3) == 0;
+  const bool aligned = ((p.n | first_row) & 3) == 0;
   auto write_y = [&](int column, int row, float4 sum) {
     T* to = y + static_cast<int64_t>(column) * p.n + row;
     if (aligned && row + 4 <= block.rows) {
@@ -217,7 +224,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
     for (int i = 0; i < 4 && row + i < block.rows; i++) to[i] = narrow<T>(values[i]);
   };
-  if (splits == 1) {
+  if (splits == 1 && !p.activation) {
     for_each_quad(
         0, 1, [&](int column, int row, uint32_t at) { write_y(column, row, sum_of_groups(at)); });
     return;
@@ -226,9 +233,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (k_groups > 1)
     for_each_quad(0, 1, [&](int, int, uint32_t at) { store_shared_float4(at, sum_of_groups(at)); });
   cluster_sync();
-  for_each_quad(split, splits, [&](int column, int row, uint32_t at) {
-    float4 sum = load_cluster_float4(at, 0);
-    for (int rank = 1; rank < splits; rank++) add(sum, load_cluster_float4(at, rank));
+  const int ranks = p.activation ? 2 * splits : splits;  // of a cluster, gate's before up's
+  for_each_quad(half * splits + split, ranks, [&](int column, int row, uint32_t at) {
+    auto sum_from = [&](int first) {
+      float4 sum = load_cluster_float4(at, first);
+      for (int rank = first + 1; rank < first + splits; rank++)
+        add(sum, load_cluster_float4(at, rank));
+      return sum;
+    };
+    float4 sum = sum_from(0);
+    if (p.activation) {
+      const float4 up = sum_from(splits);
+      sum.x = activate(p.activation, sum.x, up.x), sum.y = activate(p.activation, sum.y, up.y);
+      sum.z = activate(p.activation, sum.z, up.z), sum.w = activate(p.activation, sum.w, up.w);
+    }
     write_y(column, row, sum);
   });
   cluster_sync();  // no block leaves while another reads its sums

@@ -52,6 +52,10 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   if ((groups < Shape::kWarpgroups || splits > 1) && config.row_tiles > 4 * groups)
     return kBadConfig;
 
+  // A gated launch needs all sums of a block at once.
+  const bool gated = is_gated(matrix);
+  if (gated && (!can_gate(matrix, splits) || config.row_tiles > 4 * groups)) return kBadConfig;
+
   static std::atomic<int> prepared[kMaxDevices];
   if (const int error = device.prepare(sm90_gemm_kernel<Shape>, prepared)) return error;
   if (device.ptx_version != 90) return kBadConfig;
@@ -63,7 +67,8 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.records = static_cast<const uint8_t*>(records);
   params.table = static_cast<const uint8_t*>(table);
   params.y = y;
-  params.m = m, params.n = matrix.n, params.k_tiles = ceil_div(matrix.k, kTileK);
+  params.m = m, params.n = gated ? matrix.n / 2 : matrix.n;
+  params.k_tiles = ceil_div(matrix.k, kTileK), params.activation = matrix.activation;
   params.table_bytes = 2 * (matrix.pair_table ? 2 << (2 * matrix.bits) : 1 << matrix.bits);
   params.pair_table = matrix.pair_table != 0;
   params.row_tiles = config.row_tiles;
@@ -85,9 +90,11 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
-  const dim3 grid(ceil_div(m, Shape::kColumns) * splits, params.first_block[matrix.parts]);
+  const int cluster = gated ? 2 * splits : splits;
+  const dim3 grid(ceil_div(m, Shape::kColumns) * cluster,
+                  params.first_block[gated ? 1 : matrix.parts]);
   params.ahead = make_ahead(ahead, grid.x * grid.y, device.multiprocessors);
-  return launch_kernel(sm90_gemm_kernel<Shape>, grid, Shape::kThreads, plan.total, splits,
+  return launch_kernel(sm90_gemm_kernel<Shape>, grid, Shape::kThreads, plan.total, cluster,
                        config.overlap > 0, stream, params, x_map);
 }
 

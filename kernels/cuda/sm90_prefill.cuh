@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   if (threadIdx.x < kPrefillStages) {
     for (int g = 0; g < kPrefillGroups; g++) {
       barrier_init(barriers.filled(g, threadIdx.x), 1);
-      barrier_init(barriers.emptied(g, threadIdx.x), 4);
+      barrier_init(barriers.emptied(g, threadIdx.x), 4 * 32);
     }
     barrier_init(barriers.filled(barriers.kX, threadIdx.x), 1);
     barrier_init(barriers.emptied(barriers.kX, threadIdx.x), kPrefillGroups * 4);
@@ -272,9 +272,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       codes_at = slots_of(group) + slot.slot * Shape::kSlot + warp % 4 * Shape::kRequest;
       return codes_at + i % Shape::kDepth * Shape::kRecord;
     };
+    // Every lane for itself: racecheck takes an arrival for that of its own lane's reads only. One
+    // lane's, after __syncwarp, would do and is no faster (NOTES.md).
     auto decoded = [&] {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(barriers.emptied(group, slot.slot));
+      barrier_arrive(barriers.emptied(group, slot.slot));
       slot.advance();
     };
     auto take = [&] {

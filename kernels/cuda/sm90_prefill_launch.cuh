@@ -25,7 +25,7 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   if (config.row_tiles != 4 * kPrefillGroups || config.row_groups != kPrefillGroups ||
       (config.splits != 1 && config.splits != 2 && config.splits != 4) || config.stages < 1 ||
       config.stages > kPrefillStages || config.x_stages < 3 || config.x_stages > kPrefillStages ||
-      total > device.shared_limit || matrix.pair_table ||
+      total > device.shared_limit || matrix.pair_table || matrix.activation ||
       (config.splits > 1 && config.x_stages * Shape::kXStage < Shape::kSumsBytes))
     return kBadConfig;
 

@@ -57,7 +57,8 @@ int flute_tile(const FluteMatrix* matrix, const FluteTileConfig* config, int32_t
                const void* records, const void* table, void* y, void* workspace, void* stream) {
   if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(*matrix, x, table))
     return flute::kBadShape;
-  if (config->splits > 1 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16))
+  if (matrix->activation != FLUTE_NO_ACTIVATION ||
+      (config->splits > 1 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16)))
     return flute::kBadConfig;
   auto* s = static_cast<cudaStream_t>(stream);
   const auto tile = matrix->bits == 4   ? flute::tile_w4

@@ -13,8 +13,12 @@ extern "C" {
 #define FLUTE_API __attribute__((visibility("default")))
 #define FLUTE_MAX_PARTS 16
 #define FLUTE_MAX_M 32
+#define FLUTE_MAX_NORM 32768
 
-enum { FLUTE_FLOAT16 = 0, FLUTE_BFLOAT16 = 1 };
+enum { FLUTE_FLOAT16 = 0, FLUTE_BFLOAT16 = 1, FLUTE_FLOAT32 = 2 };  // the last: flute_activate's
+
+// Of a gated product, act(gate) * up: as torch's silu, gelu(approximate="tanh") and gelu.
+enum { FLUTE_NO_ACTIVATION = 0, FLUTE_SILU = 1, FLUTE_GELU_TANH = 2, FLUTE_GELU = 3 };
 
 // One quantized matrix [n, k]; the parts of a fused matrix follow one another along n.
 typedef struct {
@@ -26,6 +30,11 @@ typedef struct {
                                        // begins at a multiple of four bytes
   int32_t parts;                       // 1 .. FLUTE_MAX_PARTS
   int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
+  int32_t activation;                  // if not 0: the parts are gate and up, both of n / 2 rows,
+                                       // and y [m, n / 2] = act(x gate^T) * x up^T; on compute
+                                       // capability 9.0, from launches whose 2 * splits blocks fit
+                                       // a cluster and, of flute_sm90_gemm, where row_tiles are no
+                                       // more than 4 * row_groups and columns below 192
 } FluteMatrix;
 
 // How a decode launch is cut; flute_vllm/tuning/ chooses it.
@@ -85,6 +94,18 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
 FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                               const void* x, const void* records, const void* table, void* y,
                               const FluteAhead* ahead, void* stream);
+
+// y [m, n] = act(x[:, :n]) * x[:, n:] for x [m, 2 n], all contiguous: a gated product's second step
+// where its launch has none.
+FLUTE_API int flute_activate(int32_t activation, int32_t dtype, int64_t m, int64_t n, const void* x,
+                             void* y, void* stream);
+
+// y [m, n] = v / sqrt(mean of v^2 + epsilon) * (weight [n] + weight_offset), where v = x + residual
+// in fp32 and sums [m, n] = v rounded; or v = x, if residual and sums are null. 16 bits, contiguous,
+// aligned to 16 bytes; n a multiple of 8, at most FLUTE_MAX_NORM.
+FLUTE_API int flute_rms_norm(int32_t dtype, int32_t m, int32_t n, float epsilon,
+                             float weight_offset, const void* x, const void* residual,
+                             const void* weight, void* y, void* sums, void* stream);
 
 FLUTE_API const char* flute_error_text(int error);
 

@@ -1,0 +1,95 @@
+"""Gated products, act(gate) * up, against fp64: the part of ``gpu_check.py`` on them.
+
+Each case runs as the plan says, and with launches drawn at random that can apply the activation.
+``torch`` as the bound: matmul with the dequantized weight, then the activation as a model without
+fusion computes it, in 16 bits.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import random
+from collections.abc import Callable
+
+import torch
+from kernel_library import Layer, Library
+
+from flute_vllm import tuning
+
+ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+    1: torch.nn.functional.silu,
+    2: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    3: torch.nn.functional.gelu,
+}
+HALVES = (16, 40, 333, 1024, 7168)
+COLUMNS = {32: (160, 1056), 64: (192, 1088), 128: (1152, 4096), -1: (416, 2048)}
+COUNTS = (1, 2, 5, 8, 9, 16, 17, 32, 48, 64, 96, 128, 200, 500)
+GATED_LIMIT = 1.5  # of torch's error
+DRAWS = 2  # launches at random of each case
+
+
+def gate(y: torch.Tensor, activation: int) -> torch.Tensor:
+    first, second = y.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](first) * second
+
+
+def random_gate(draw: Callable[[], tuning.Entry], parts: tuple[int, int]) -> tuning.Entry | None:
+    """A launch at random that can gate; None where twenty could not."""
+    for _ in range(20):
+        entry = draw()
+        if tuning.can_gate(entry, parts):
+            return tuning.Entry(entry.largest_m, entry.kernel, entry.config, gates=True)
+    return None
+
+
+def check_gated(library: Library, gpu: tuning.Device, random_entry, small: bool) -> dict:
+    """Counts of cases by kernel and of failures; the worst error in shares of torch's."""
+    rng = random.Random(1)
+    cases: collections.Counter[str] = collections.Counter()
+    failures, worst = 0, 0.0
+    formats = itertools.product((4, 3, 2), COLUMNS, (torch.bfloat16, torch.float16), (False, True))
+    for number, (bits, group, dtype, pair) in enumerate(formats):
+        for half, k in itertools.product(HALVES, COLUMNS[group][:1] if small else COLUMNS[group]):
+            parts, activation = (half, half), 1 + number % 3
+            layer = library.random_layer(2 * half, k, bits, group, dtype, pair=pair, parts=parts)
+            exact, dense = layer.dense(torch.float32).double(), layer.dense()
+            plan = tuning.entries(2 * half, k, bits, group, parts, gpu, pair=pair, environment={})
+            for m in COUNTS[::3] if small else COUNTS:
+                x = torch.randn(m, k, device="cuda").to(dtype) / k**0.5
+                reference = gate(x.double() @ exact.t(), activation)
+                bound = error_of(gate(x @ dense.t(), activation), reference)
+                problem = (2 * half, k, m, bits, group, parts, pair)
+                found = [tuning.entry_of(plan, m)]
+                if gpu.capability == 90 and m <= 200:
+                    draws = (random_gate(lambda: random_entry(problem, gpu, rng), parts)
+                             for _ in range(DRAWS))  # fmt: skip
+                    found += [entry for entry in draws if entry]
+                for entry in found:
+                    y = torch.full((m, half), float("nan"), dtype=dtype, device="cuda")
+                    error = error_of(run_gated(library, layer, entry, activation, x, y), reference)
+                    name = tuning.KERNEL_NAMES[entry.kernel]
+                    cases[name if entry.gates else f"{name}, then activate"] += 1
+                    worst = max(worst, error / bound)
+                    if not error <= GATED_LIMIT * bound:
+                        failures += 1
+                        if failures < 20:
+                            print("failed gated", bits, group, dtype, pair, half, k, m, entry, error)
+    return {"cases": sum(cases.values()), "cases_of_kernel": cases, "failures": failures,
+            "worst_error_ratio": worst}  # fmt: skip
+
+
+def run_gated(
+    library: Library, layer: Layer, entry: tuning.Entry, activation: int, x: torch.Tensor,
+    y: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """What ``flute::gemm_gated`` does with an entry of a plan; y [m, n / 2]."""
+    if entry.gates:
+        return library.run(layer, entry, x, y, activation=activation)
+    gate_up = torch.full((x.shape[0], layer.matrix.n), float("nan"), dtype=x.dtype, device="cuda")
+    return library.activate(library.run(layer, entry, x, gate_up), activation, y)
+
+
+def error_of(y: torch.Tensor, reference: torch.Tensor) -> float:
+    error = ((y.double() - reference).norm() / reference.norm()).item()
+    return error if error == error else float("inf")
