@@ -1,4 +1,5 @@
-"""The ops ``flute::gemm`` and ``flute::dequantize``: loading, fake kernels, public wrappers.
+"""The ops ``flute::gemm``, ``flute::gemm_gated`` and ``flute::dequantize``: loading, fake kernels,
+public wrappers.
 
 The compiled library ``_C.abi3.so`` holds the ops for CPU and, when built for it, CUDA. Without the
 library (``FLUTE_BUILD=none``) the same ops are defined in plain torch, with one warning.
@@ -6,6 +7,7 @@ library (``FLUTE_BUILD=none``) the same ops are defined in plain torch, with one
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +26,19 @@ _IN_USE, _BEST = -1, -2
 _SCHEMAS = (
     "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
     "int group_size, int[] plan=[], Tensor? next=None, int next_bytes=0) -> Tensor",
+    "gemm_gated(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
+    "int group_size, int activation, int[] plan=[], Tensor? next=None, int next_bytes=0) -> Tensor",
     "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
     "int group_size, ScalarType? dtype=None, int in_features=0) -> Tensor",
 )
+
+
+class Activation(enum.IntEnum):
+    """What :func:`gemm_gated` makes of the gate. kernels/cpu/gated.h has the same numbers."""
+
+    SILU = 1
+    GELU_TANH = 2  # torch's gelu with approximate="tanh"
+    GELU = 3  # by the error function
 
 
 _compiled: bool | None = None  # what load() found
@@ -67,9 +79,10 @@ def load() -> bool:
         )
         _define_reference()
     torch.library.register_fake("flute::gemm", _fake_gemm)
+    torch.library.register_fake("flute::gemm_gated", _fake_gemm_gated)
     torch.library.register_fake("flute::dequantize", _fake_dequantize)
     if compiled and not _registered_on_cuda():
-        for name in ("gemm", "dequantize", "repack"):
+        for name in ("gemm", "gemm_gated", "dequantize", "repack"):
             torch.library.impl(f"flute::{name}", "CUDA", _no_cuda)
     _compiled = compiled
     return compiled
@@ -104,6 +117,37 @@ def gemm(
     if _compiled is None:
         load()
     return torch.ops.flute.gemm(x, qweight, scales, table, part_sizes, bits, group_size)
+
+
+def gemm_gated(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    part_sizes: Sequence[int],
+    bits: int,
+    group_size: int,
+    activation: Activation | int,
+) -> torch.Tensor:
+    """A decoder's gated layer: ``act(gate) * up`` of the two halves of :func:`gemm`'s result.
+
+    Args:
+        x, qweight, scales, table, bits, group_size: as for :func:`gemm`.
+        part_sizes: two equal numbers, the rows of gate and of up: [N / 2, N / 2].
+        activation: one of :class:`Activation`.
+
+    Returns:
+        [..., N / 2] in the dtype of ``x``. Whether gate and up are rounded to it before the
+        activation is left to the device; the activation is computed in float32.
+
+    Raises:
+        RuntimeError: arguments do not fit together; the message names the argument and numbers.
+    """
+    if _compiled is None:
+        load()
+    return torch.ops.flute.gemm_gated(
+        x, qweight, scales, table, part_sizes, bits, group_size, activation
+    )
 
 
 def dequantize(
@@ -207,6 +251,13 @@ def _fake_gemm(
     return x.new_empty((*x.shape[:-1], sum(part_sizes)))
 
 
+def _fake_gemm_gated(
+    x, qweight, scales, table, part_sizes, bits, group_size, activation, plan=(), next=None,
+    next_bytes=0,
+):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], sum(part_sizes) // 2))
+
+
 def _fake_dequantize(
     qweight, scales, table, part_sizes, bits, group_size, dtype=None, in_features=0
 ):
@@ -218,6 +269,7 @@ def _define_reference() -> None:
     for schema in _SCHEMAS:
         torch.library.define(f"flute::{schema.partition('(')[0]}", schema[schema.index("(") :])
     torch.library.impl("flute::gemm", ("CPU", "CUDA"), _reference_gemm)
+    torch.library.impl("flute::gemm_gated", ("CPU", "CUDA"), _reference_gemm_gated)
     torch.library.impl("flute::dequantize", ("CPU", "CUDA"), _reference_dequantize)
 
 
@@ -232,10 +284,35 @@ def _reference_dequantize(
 def _reference_gemm(
     x, qweight, scales, table, part_sizes, bits, group_size, plan=(), next=None, next_bytes=0
 ):
+    return _reference_product(x, qweight, scales, table, part_sizes, bits, group_size).to(x.dtype)
+
+
+def _reference_gemm_gated(
+    x, qweight, scales, table, part_sizes, bits, group_size, activation, plan=(), next=None,
+    next_bytes=0,
+):  # fmt: skip
+    if activation not in tuple(Activation):
+        raise _misfit("activation", f"{activation} is not 1 (silu), 2 (gelu with tanh) or 3 (gelu)")
+    if len(part_sizes) != 2 or part_sizes[0] != part_sizes[1]:
+        raise _misfit("part_sizes", f"{list(part_sizes)} are not two equal numbers of rows")
+    product = _reference_product(x, qweight, scales, table, part_sizes, bits, group_size)
+    gate, up = product.chunk(2, -1)
+    return (activate(gate, Activation(activation)) * up).to(x.dtype)
+
+
+def activate(gate: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The activation alone, in torch, in the shape and dtype of ``gate``."""
+    if activation == Activation.SILU:
+        return torch.nn.functional.silu(gate)
+    approximate = "tanh" if activation == Activation.GELU_TANH else "none"
+    return torch.nn.functional.gelu(gate, approximate=approximate)
+
+
+def _reference_product(x, qweight, scales, table, part_sizes, bits, group_size):
     weight = _reference_dequantize(qweight, scales, table, part_sizes, bits, group_size)
     if x.shape[-1] != weight.shape[1]:
         raise _misfit("x", f"{list(x.shape)} does not end in the {weight.shape[1]} input features")
-    return (x.float() @ weight.float().T).to(x.dtype)
+    return x.float() @ weight.float().T
 
 
 def _check_reference(qweight, scales, table, part_sizes, bits, group_size) -> None:

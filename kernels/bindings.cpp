@@ -160,6 +160,17 @@ Dtype check_input(const char* op, const Tensor& x, const Tensor& qweight, const 
   return dtype;
 }
 
+void check_gated(const std::vector<int64_t>& part_sizes, int64_t activation) {
+  FLUTE_CHECK(activation >= 1 && activation <= 3, "gemm_gated", "activation",
+              (activation, " is not 1 (silu), 2 (gelu with tanh) or 3 (gelu)"),
+              ("pass one of flute_vllm.ops.Activation"));
+  FLUTE_CHECK(part_sizes.size() == 2 && part_sizes[0] == part_sizes[1], "gemm_gated", "part_sizes",
+              ("a gated layer has two parts of as many rows, gate and up; got ", part_sizes.size(),
+               part_sizes.size() == 2 ? text(" of ", part_sizes[0], " and ", part_sizes[1], " rows")
+                                      : std::string(" parts")),
+              ("pass the rows of gate and of up, or call flute::gemm"));
+}
+
 Tensor empty_output(const Tensor& x, int64_t n) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
@@ -183,6 +194,10 @@ STABLE_TORCH_LIBRARY(flute, m) {
   m.def(
       "gemm(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
       "int group_size, int[] plan=[], Tensor? next=None, int next_bytes=0) -> Tensor");
+  m.def(
+      "gemm_gated(Tensor x, Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, "
+      "int bits, int group_size, int activation, int[] plan=[], Tensor? next=None, "
+      "int next_bytes=0) -> Tensor");
   m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
       "int group_size, ScalarType? dtype=None, int in_features=0) -> Tensor");

@@ -66,6 +66,9 @@ Weight check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
 // Checks x against the weight; the Dtype of x.
 Dtype check_input(const char* op, const Tensor& x, const Tensor& qweight, const Weight& weight);
 
+// What gemm_gated takes beside the arguments of gemm.
+void check_gated(const std::vector<int64_t>& part_sizes, int64_t activation);
+
 Dtype to_dtype(const char* op, const char* argument, ScalarType type);
 ScalarType to_scalar_type(Dtype dtype);
 

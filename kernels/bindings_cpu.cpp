@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "bindings.h"
+#include "cpu/gated.h"
 #include "cpu/kernels.h"
 
 namespace flute {
@@ -27,6 +28,8 @@ int64_t dense_rows() {
 constexpr int64_t kScratchBytes = 8 << 20;
 // Multiply-adds that are worth a thread: below, waking it costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 18;
+// An activation costs about as much as this many multiply-adds.
+constexpr int64_t kWorkOfActivation = 16;
 
 using Buffer = std::unique_ptr<void, decltype(&std::free)>;
 
@@ -101,12 +104,7 @@ void dense_gemm(const Weight& weight, const Tensor& x, Dtype dtype, Tensor y) {
   }
 }
 
-Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
-            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
-            std::vector<int64_t> /*plan*/, std::optional<Tensor> /*next*/,
-            int64_t /*next_bytes: these are for CUDA*/) {
-  const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
-  const Dtype dtype = check_input("gemm", x, qweight, weight);
+Tensor product(const Tensor& x, const Weight& weight, Dtype dtype) {
   Tensor y = empty_output(x, weight.n);
   const int64_t k = weight.layer.k, m = x.numel() / k;
   if (m == 0 || weight.n == 0) return y;
@@ -116,6 +114,43 @@ Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const 
   } else {
     fused_gemm(weight, {input.const_data_ptr(), dtype, m, y.mutable_data_ptr(), weight.n, nullptr});
   }
+  return y;
+}
+
+Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
+            std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
+            std::vector<int64_t> /*plan*/, std::optional<Tensor> /*next*/,
+            int64_t /*next_bytes: these are for CUDA*/) {
+  const Weight weight = check_weight("gemm", qweight, scales, table, part_sizes, bits, group_size);
+  const Dtype dtype = check_input("gemm", x, qweight, weight);
+  return product(x, weight, dtype);
+}
+
+Tensor gemm_gated(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
+                  std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
+                  int64_t activation, std::vector<int64_t> /*plan*/, std::optional<Tensor> /*next*/,
+                  int64_t /*next_bytes: these are for CUDA*/) {
+  check_gated(part_sizes, activation);
+  const Weight weight =
+      check_weight("gemm_gated", qweight, scales, table, part_sizes, bits, group_size);
+  const Dtype dtype = check_input("gemm_gated", x, qweight, weight);
+  const Tensor both = product(x, weight, dtype);
+  const int64_t half = weight.n / 2, values = both.numel() / 2;
+  Tensor y = empty_output(x, half);
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  const char* in = static_cast<const char*>(both.const_data_ptr());
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  // Cut anywhere, also within a row: one row is what most calls have.
+  ts::parallel_for(0, values, rows_per_thread(kWorkOfActivation), [&](int64_t from, int64_t to) {
+    while (from < to) {
+      const int64_t m = from / half, column = from - m * half;
+      const int64_t count = std::min(to - from, half - column);
+      const char* gate = in + (2 * m * half + column) * size;
+      cpu::multiply_gated(static_cast<cpu::Activation>(activation), dtype, gate, gate + half * size,
+                          out + from * size, count);
+      from += count;
+    }
+  });
   return y;
 }
 
@@ -136,5 +171,6 @@ Tensor dequantize(const Tensor& qweight, const Tensor& scales, const Tensor& tab
 
 STABLE_TORCH_LIBRARY_IMPL(flute, CPU, m) {
   m.impl("gemm", TORCH_BOX(&flute::gemm));
+  m.impl("gemm_gated", TORCH_BOX(&flute::gemm_gated));
   m.impl("dequantize", TORCH_BOX(&flute::dequantize));
 }
