@@ -130,6 +130,9 @@ class BuildKernels(build_ext):
         partial.replace(target)
 
 
+CUDA_BINDINGS = ("kernels/bindings_cuda.cpp", "kernels/bindings_norm.cpp")
+
+
 def extensions(build: str) -> list[Extension]:
     if build == "none":
         return []
@@ -137,7 +140,7 @@ def extensions(build: str) -> list[Extension]:
     found = [path for pattern in patterns for path in (ROOT / "kernels").glob(pattern)]
     sources = sorted(str(path.relative_to(ROOT)) for path in found)
     if build != "cuda":
-        sources.remove("kernels/bindings_cuda.cpp")
+        sources = [source for source in sources if source not in CUDA_BINDINGS]
     return [Extension("flute_vllm._C", sources, py_limited_api=True)]
 
 

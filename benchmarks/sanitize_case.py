@@ -32,7 +32,8 @@ CONFIGS = {
 @dataclass(frozen=True)
 class Case:
     """Repack, then ``kind``: "dequantize", or ``launches`` times "decode", "sm90", "prefill" (the
-    Hopper kernel with 192 or 256 columns) or "tile"."""
+    Hopper kernel with 192 or 256 columns) or "tile". Without a matrix: "activate", x [m, n], and
+    "norm" with its sum, x [m, k]."""
 
     kind: str
     n: int
@@ -46,6 +47,7 @@ class Case:
     config: tuple[int, ...] = field(default=())  # the C struct's fields, in their order
     launches: int = 1
     ahead: int = 0  # bytes that a launch asks for of its own layer, as if that came next
+    activation: int = 0  # of a gated product
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -61,8 +63,15 @@ class Case:
         rows = (ctypes.c_int32 * MAX_PARTS)(*parts)
         return Matrix(
             self.n, self.k, self.bits, self.group_size, DTYPES[self.dtype], int(self.pair),
-            len(parts), rows,
+            len(parts), rows, self.activation,
         )  # fmt: skip
+
+    @property
+    def values(self) -> int:
+        """Of the result."""
+        if self.kind in ("dequantize", "norm"):
+            return self.k * (self.n if self.kind == "dequantize" else self.m)
+        return self.m * self.n // (2 if self.activation else 1)
 
 
 def half_bits(value: float, dtype: str) -> bytes:
@@ -134,9 +143,20 @@ def run(library, case: Case, gpu: Gpu) -> int:
     table = gpu.upload(halves(entries, case.dtype, 1.0, rng))
     records = gpu.empty(words * 4)
     check(library.flute_repack(at, codes, scales, records, None))
-    values = case.n * (case.k if case.kind == "dequantize" else case.m)
-    out = gpu.upload(bytes([NAN_BYTE]) * (2 * values))
-    if case.kind == "dequantize":
+    out = gpu.upload(bytes([NAN_BYTE]) * (2 * case.values))
+    if case.kind == "norm":
+        sums = gpu.upload(bytes([NAN_BYTE]) * (2 * case.values))
+        x, residual = (gpu.upload(halves(case.values, case.dtype, 1.0, rng)) for _ in range(2))
+        weight = gpu.upload(halves(case.k, case.dtype, 1.0, rng))
+        numbers = (DTYPES[case.dtype], case.m, case.k, ctypes.c_float(1e-5), ctypes.c_float(1.0))
+        for _ in range(case.launches):
+            check(library.flute_rms_norm(*numbers, x, residual, weight, out, sums, None))
+    elif case.kind == "activate":
+        x = gpu.upload(halves(case.m * case.n, case.dtype, 1.0, rng))
+        sizes = (ctypes.c_int64(case.m), ctypes.c_int64(case.n // 2))
+        for _ in range(case.launches):
+            check(library.flute_activate(case.activation, DTYPES[case.dtype], *sizes, x, out, None))
+    elif case.kind == "dequantize":
         check(library.flute_dequantize(at, records, table, out, None))
     else:
         x = gpu.upload(halves(case.m * case.k, case.dtype, 1.0, rng))
@@ -156,7 +176,7 @@ def run(library, case: Case, gpu: Gpu) -> int:
         for _ in range(case.launches):
             check(launch(at, *arguments, last, None))
     gpu.synchronize()
-    return NAN_LEFT if has_nan(gpu.download(out, 2 * values), case.dtype) else 0
+    return NAN_LEFT if has_nan(gpu.download(out, 2 * case.values), case.dtype) else 0
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from sanitize_case import Case
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flute_vllm import tuning  # noqa: E402
 
-KERNELS = ("decode", "sm90", "prefill", "tile", "dequantize")
+KERNELS = ("decode", "sm90", "prefill", "tile", "dequantize", "activate", "norm")
 COLUMNS_OF = {32: 1056, 64: 1088, 128: 1152, 256: 2304, -1: 416}  # K, by group size
 FEW_TILES = ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4))
 # Decode blocks: most rows of x, warps, most row tiles of a warp. Some ways to cut a launch of each.
@@ -58,6 +58,16 @@ def first_cases() -> Iterator[Case]:
     yield from found("prefill", 300, (192, 2, 8, 2, 1), **half, **parts)
     yield from found("tile", 100, (64, 3), **pair)
     yield from found("decode", 8, (2, 1, 1), ahead=4096, **parts)
+    # Both halves of a gated product in one cluster, alone and with others that split k.
+    halves = {"n": 200, "parts": (100, 100)}
+    yield from found("decode", 8, (3, 1, 1), launches=2, activation=1, **halves)
+    yield from found("decode", 5, (7, 1, 2, 0, 8), activation=2, **pair, **halves)
+    yield from found("sm90", 40, (64, 4, 4, 4, 1), launches=2, activation=3, **halves)
+    yield from found("sm90", 13, (16, 8, 3, 2, 2), activation=1, **half, **halves)
+    yield from found("activate", 7, (), activation=1, launches=2, n=400)
+    yield from found("activate", 300, (), activation=2, **half, **halves)
+    yield from found("norm", 3, (), launches=2, k=4096)
+    yield from found("norm", 200, (), k=8224, **half)
     yield from found("decode", 5, (7, 1, 1, 0, 8), launches=3, ahead=4096, **pair)
     yield from found("decode", 8, (3, 1, 2, 0, 8), launches=2, **half, **parts)
     yield from found("decode", 1, (7, 2, 1), (7, 1, 2), **half)
@@ -195,7 +205,7 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
     sizes = (case.n, case.k, case.m, case.bits, case.group_size, case.parts)
     overlap = 1 if case.launches > 1 else 0
     full: tuning.Config | tuning.sm90.Config | tuning.tile.Config | None
-    if case.kind == "dequantize":
+    if case.kind in ("dequantize", "activate", "norm"):
         return case
     if case.kind == "decode":
         config = tuning.Config(*wish)
@@ -210,7 +220,15 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
     else:
         hopper = replace(tuning.sm90.Config(*wish), overlap=overlap)
         full = tuning.sm90.complete(tuning.sm90.Problem(*sizes, case.pair), hopper, tuning.H200)
-    return None if full is None else replace(case, config=full.numbers)
+    if full is None or (case.activation and not _gates(case, full)):
+        return None
+    return replace(case, config=full.numbers)
+
+
+def _gates(case: Case, config) -> bool:
+    kernel = tuning.DECODE if case.kind == "decode" else tuning.SM90
+    problem = (case.n, case.k, case.m, case.bits, case.group_size, case.parts, case.pair)
+    return tuning.can_gate(tuning.Entry(case.m, kernel, config.numbers), problem, tuning.H200)
 
 
 def barriers(case: Case) -> int:

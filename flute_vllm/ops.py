@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from flute_vllm import format as fmt
+from flute_vllm import norms
 from flute_vllm.errors import FluteError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def load() -> bool:
     torch.library.register_fake("flute::gemm", _fake_gemm)
     torch.library.register_fake("flute::gemm_gated", _fake_gemm_gated)
     torch.library.register_fake("flute::dequantize", _fake_dequantize)
+    norms.register(device_kernels=compiled and _registered_on_cuda())
     if compiled and not _registered_on_cuda():
         for name in ("gemm", "gemm_gated", "dequantize", "repack"):
             torch.library.impl(f"flute::{name}", "CUDA", _no_cuda)
@@ -266,7 +268,7 @@ def _fake_dequantize(
 
 
 def _define_reference() -> None:
-    for schema in _SCHEMAS:
+    for schema in (*_SCHEMAS, *norms.SCHEMAS):
         torch.library.define(f"flute::{schema.partition('(')[0]}", schema[schema.index("(") :])
     torch.library.impl("flute::gemm", ("CPU", "CUDA"), _reference_gemm)
     torch.library.impl("flute::gemm_gated", ("CPU", "CUDA"), _reference_gemm_gated)

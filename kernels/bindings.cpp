@@ -204,6 +204,10 @@ STABLE_TORCH_LIBRARY(flute, m) {
   m.def(
       "repack(Tensor qweight, Tensor scales, Tensor table, int[] part_sizes, int bits, "
       "int group_size) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float epsilon, float weight_offset=0.) -> Tensor");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float epsilon, "
+      "float weight_offset=0.) -> (Tensor, Tensor)");
   m.def("cpu_isa(int request=-1) -> int");
 }
 

@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "bindings.h"
+#include "bindings_cuda.h"
 #include "flute/cuda.h"
 #include "flute/launch.h"
 
@@ -15,7 +15,6 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
     __attribute__((weak));
 
 namespace flute {
-namespace {
 
 namespace ts = torch::stable;
 
@@ -26,6 +25,13 @@ void* current_stream(int32_t device) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
+
+void check_kernel(const char* op, int error) {
+  FLUTE_CHECK(error == 0, op, "qweight", ("the kernel reports: ", flute_error_text(error)),
+              ("rebuild with FLUTE_CUDA_ARCHS for this GPU, or check the earlier kernels"));
+}
+
+namespace {
 
 // The guard of the right device must be held by the caller.
 Tensor dense_weight(const char* op, const Weight& weight, const Tensor& qweight, Dtype round,
@@ -48,11 +54,6 @@ Tensor dense_weight(const char* op, const Weight& weight, const Tensor& qweight,
 
 bool is_internal(const Tensor& qweight) {
   return qweight.dim() == 1;
-}
-
-void check_kernel(const char* op, int error) {
-  FLUTE_CHECK(error == 0, op, "qweight", ("the kernel reports: ", flute_error_text(error)),
-              ("rebuild with FLUTE_CUDA_ARCHS for this GPU, or check the earlier kernels"));
 }
 
 FluteMatrix make_matrix(const char* op, const Tensor& scales, const Tensor& table,

@@ -28,6 +28,8 @@ from vllm.logger import init_logger
 from flute_vllm import ops
 from flute_vllm.errors import FluteError
 from flute_vllm.ops import Activation
+from flute_vllm.plugin import norms
+from flute_vllm.plugin.norms import replace_norms
 
 logger = init_logger("vllm.flute")
 
@@ -85,15 +87,16 @@ class FuseActivation(InductorPass):
         target = torch.ops.flute.gemm.default
         gemms = graph.find_nodes(op="call_function", target=target)
         fused = sum(_fuse(graph, gemm) for gemm in gemms)
-        if fused:
+        replaced = replace_norms(graph)
+        if fused or replaced:
             logger.info_once(
-                "flute: in a compiled graph, %d of %d gemms compute their activation, too",
-                fused, len(gemms),
+                "flute: in a compiled graph, %d of %d gemms compute their activation, too; %d norms "
+                "let the next gemm begin early", fused, len(gemms), replaced,
             )  # fmt: skip
 
     def uuid(self) -> str:
         # ops.py has what is matched, and the schema of what replaces it.
-        return self.hash_source(*(Path(file).read_text() for file in (__file__, ops.__file__)))
+        return self.hash_source(*(Path(file).read_text() for file in (__file__, ops.__file__, norms.__file__)))
 
 
 def _fuse(graph: fx.Graph, gemm: fx.Node) -> bool:

@@ -126,11 +126,19 @@ def shared_bytes(problem: Problem, config: Config, device: Device) -> int:
     return high + (WARPS - low) * region
 
 
-def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
-    """The launch of a config, or None where it is not legal."""
-    splits_fit = config.splits in (1, 2, 4, 8) and (config.splits == 1 or device.capability >= 90)
+def launch(
+    problem: Problem, config: Config, device: Device, *, gated: bool = False
+) -> Launch | None:
+    """The launch of a config, or None where it is not legal. ``gated``: it ends with the
+    activation."""
+    shares_sums = gated or config.splits > 1
+    splits_fit = (
+        config.splits in (1, 2, 4, 8)
+        and (not shares_sums or device.capability >= 90)
+        and problem.fits_cluster(config.splits, gated)
+    )
     least_slots = config.rows_each + 1 if problem.width == 32 else 1
-    sums = config.row_tiles * TILE_ROWS * problem.m * 4 if config.splits > 1 else 0
+    sums = config.row_tiles * TILE_ROWS * problem.m * 4 if shares_sums else 0
     if (
         config.row_tiles < 1
         or config.row_tiles > 128
@@ -150,7 +158,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
     if shared is None or shared > device.shared_bytes or sums > room:
         return None
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    return Launch(blocks * config.splits, shared, config.splits)
+    return Launch(blocks * config.splits, shared, config.splits * (2 if gated else 1))
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:

@@ -24,7 +24,6 @@ ENTRY_NUMBERS = 10  # largest M (0: any), kernel, up to eight numbers of its con
 GATES = 16  # added to the kernel where its launch can apply a gated activation
 DENSE_BYTES = 256 << 20  # of a dequantized weight, at most
 DENSE_PAIR_ROWS = 1024
-MAX_CLUSTER = 8  # blocks
 AHEAD_ENVIRONMENT = "FLUTE_AHEAD_BYTES"
 AHEAD_BYTES = 4 << 20  # of the next layer, asked for as a launch ends (NOTES.md)
 SM90_BUCKETS = (
@@ -73,7 +72,11 @@ def entries(
         return found
 
     def gated(entry: Entry) -> Entry:
-        return replace(entry, gates=can_gate(entry, parts))
+        # Of a launch that splits k, clusters of four and more find no room on some of the
+        # multiprocessors: twice the time (NOTES.md).
+        splits = entry.config[2 if entry.kernel == DECODE else 4] if entry.config else 0
+        problem = (n, k, entry.largest_m or SM90_BUCKETS[-1], bits, group_size, parts, pair)
+        return replace(entry, gates=splits == 1 and can_gate(entry, problem, device))
 
     found = [decoding(decode.BUCKETS[0])]
     forced = decode.ENVIRONMENT in environment
@@ -105,24 +108,20 @@ def entries(
     return [gated(entry) for entry in found]
 
 
-def can_gate(entry: Entry, parts: tuple[int, ...]) -> bool:
-    """Whether a launch on compute capability 9.0 can end with ``act(gate) * up``, gate and up being
-    the two ``parts``: as in kernels/include/flute/launch.h.
+def can_gate(
+    entry: Entry, problem: tuple[int, int, int, int, int, tuple[int, ...], bool], device: Device
+) -> bool:
+    """Whether an entry's launch can end with ``act(gate) * up``, gate and up being the two parts.
 
-    The blocks of both form a cluster, which has eight at most, and need all of their sums at once.
+    ``problem``: n, k, rows of x, bits, group_size, parts, pair.
     """
-    if len(parts) != 2 or parts[0] != parts[1]:
-        return False
     if entry.kernel == DECODE:
-        return 2 * decode.Config(*entry.config).splits <= MAX_CLUSTER
-    if entry.kernel != SM90:
-        return False
-    config = sm90.Config(*entry.config)
-    return (
-        not config.prefill
-        and 2 * config.splits <= MAX_CLUSTER
-        and config.row_tiles <= 4 * config.row_groups
-    )
+        config = decode.Config(*entry.config)
+        return decode.launch(decode.Problem(*problem), config, device, gated=True) is not None
+    if entry.kernel == SM90:
+        config = sm90.Config(*entry.config)
+        return sm90.launch(sm90.Problem(*problem), config, device, gated=True) is not None
+    return False
 
 
 def plan(

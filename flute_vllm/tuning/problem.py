@@ -9,6 +9,8 @@ from typing import ClassVar
 from flute_vllm.errors import FluteError
 from flute_vllm.tuning.device import TILE_K, TILE_ROWS
 
+MAX_CLUSTER = 8  # blocks
+
 
 @dataclass(frozen=True)
 class ProblemBase:
@@ -40,6 +42,16 @@ class ProblemBase:
     @property
     def part_tiles(self) -> tuple[int, ...]:
         return tuple(math.ceil(rows / TILE_ROWS) for rows in (self.parts or (self.n,)))
+
+    @property
+    def has_two_halves(self) -> bool:
+        """Two fused matrices of as many rows: what a gated product takes as gate and up."""
+        return len(self.parts) == 2 and self.parts[0] == self.parts[1]
+
+    def fits_cluster(self, splits: int, gated: bool) -> bool:
+        """Whether the blocks that share sums are no more than a cluster takes: those that split k,
+        for a gated product of both halves."""
+        return not gated or (self.has_two_halves and 2 * splits <= MAX_CLUSTER)
 
     @property
     def k_tiles(self) -> int:

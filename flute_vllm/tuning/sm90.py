@@ -125,19 +125,23 @@ def _prefill_rounds(problem: Problem, config: Config, device: Device) -> tuple[i
     return whole, left, cluster
 
 
-def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
-    """The launch of a config, or None where it is not legal. As sm90_launch.cuh."""
-    if device.capability != 90:
+def launch(
+    problem: Problem, config: Config, device: Device, *, gated: bool = False
+) -> Launch | None:
+    """The launch of a config, or None where it is not legal. As sm90_launch.cuh. ``gated``: it ends
+    with the activation."""
+    if device.capability != 90 or (gated and config.prefill):
         return None
     if config.prefill:
         return _prefill_launch(problem, config, device)
     if (
         not config.compiled
+        or not problem.fits_cluster(config.splits, gated)
         or config.row_tiles < 1
         or config.row_groups not in (1, 2, 4, 8)
         or config.row_groups > config.warpgroups
         or config.splits not in (1, 2, 4, 8)
-        or ((config.row_groups < config.warpgroups or config.splits > 1)
+        or ((config.row_groups < config.warpgroups or config.splits > 1 or gated)
             and config.row_tiles > 4 * config.row_groups)
         or config.overlap < 0
         or not 1 <= config.stages <= MAX_STAGES
@@ -155,7 +159,7 @@ def launch(problem: Problem, config: Config, device: Device) -> Launch | None:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
     blocks = _blocks_of_rows(problem, config) * x_tiles * config.splits
-    return Launch(blocks, total, config.splits)
+    return Launch(blocks, total, config.splits * (2 if gated else 1))
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:

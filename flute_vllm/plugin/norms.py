@@ -1,0 +1,108 @@
+"""RMS norms next to our GEMMs become our own, in the graphs that vLLM compiles.
+
+Between two GEMMs the norm of a few rows is a matter of launches: ours lets the next GEMM load its
+table and its first weights meanwhile, and begins itself before the one ahead has ended. On an H200
+that takes 5 of the 53 us of a LLaMA-3-8B block's linear layers at batch 1 (benchmarks/NOTES.md). vLLM has norms as
+ops of its IR until after our pass, ``vllm_ir::rms_norm`` and ``vllm_ir::fused_add_rms_norm``.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from flute_vllm.norms import DTYPES, LARGEST, MULTIPLE
+
+# Each with the number of its results.
+IR_NORMS = {"rms_norm": 1, "fused_add_rms_norm": 2}
+
+
+def replace_norms(graph: fx.Graph, devices: tuple[str, ...] = ("cuda",)) -> int:
+    """Puts our norm in the place of each that touches one of our GEMMs; returns how many."""
+    replaced = 0
+    for name, results in IR_NORMS.items():
+        target = _ir_op(name)
+        nodes = graph.find_nodes(op="call_function", target=target) if target else ()
+        for node in nodes:
+            replaced += _replace(graph, node, results, devices)
+    return replaced
+
+
+def _ir_op(name: str):
+    """vLLM's op, None where this vLLM has none of the name."""
+    packet = getattr(torch.ops.vllm_ir, name, None)
+    return None if packet is None else packet.default
+
+
+def _replace(graph: fx.Graph, node: fx.Node, results: int, devices: tuple[str, ...]) -> bool:
+    *inputs, weight, epsilon = node.args[: results + 2]
+    variance_size = node.args[results + 2] if len(node.args) > results + 2 else None
+    if variance_size is not None or node.kwargs or not isinstance(weight, fx.Node):
+        return False
+    value = _value(inputs[0])
+    if (
+        value is None
+        or value.device.type not in devices
+        or value.dtype not in DTYPES
+        or any(_value(other) is None or _value(other).dtype != value.dtype for other in inputs)
+        or value.shape[-1] > LARGEST
+        or value.shape[-1] % MULTIPLE
+    ):
+        return False
+    plain, offset = _without_offset(weight)
+    if _value(plain) is None or _value(plain).dtype != value.dtype:
+        return False
+    outputs = [node] if results == 1 else list(node.users)
+    if results == 2 and not all(use.target is operator.getitem for use in outputs):
+        return False
+    normed = [use for use in outputs if results == 1 or use.args[1] == 0]
+    if not (any(map(_feeds_ours, normed)) or any(map(_is_ours, inputs))):
+        return False
+    ours = torch.ops.flute.rms_norm if results == 1 else torch.ops.flute.add_rms_norm
+    with graph.inserting_before(node):
+        new = graph.call_function(ours.default, (*inputs, plain, epsilon, offset))
+    new.meta = dict(node.meta)
+    new.meta.pop("eager_input_vals", None)  # of the other op's arguments
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    if plain is not weight:
+        _erase_unused(graph, weight)
+    return True
+
+
+def _value(node) -> torch.Tensor | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_ours(node: fx.Node) -> bool:
+    flute = torch.ops.flute
+    return node.target in (flute.gemm.default, flute.gemm_gated.default)
+
+
+def _feeds_ours(node: fx.Node) -> bool:
+    return any(_is_ours(user) and user.args[0] is node for user in node.users)
+
+
+def _without_offset(weight: fx.Node) -> tuple[fx.Node, float]:
+    """Gemma's ``weight.float() + 1`` as the stored weight and the offset, else as it is."""
+    if weight.target is torch.ops.aten.add.Tensor and not weight.kwargs:
+        wide, offset = weight.args
+        if (
+            isinstance(offset, int | float)
+            and isinstance(wide, fx.Node)
+            and wide.target is torch.ops.prims.convert_element_type.default
+            and wide.args[1] == torch.float32
+        ):
+            return wide.args[0], float(offset)
+    return weight, 0.0
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """The node and what only it needed, where nothing needs it any more."""
+    while isinstance(node, fx.Node) and not node.users and node.op == "call_function":
+        before = node.args[0]
+        graph.erase_node(node)
+        node = before

@@ -1,0 +1,140 @@
+"""Our norms without a GPU: their formula, and where the pass puts them into a graph."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import fx
+
+from flute_vllm import norms, ops
+
+pytest.importorskip("vllm")
+import vllm.ir.ops  # noqa: E402, F401 - defines the ops that are replaced
+
+from flute_vllm.plugin.norms import replace_norms  # noqa: E402
+
+N = 64
+
+
+@pytest.fixture(autouse=True)
+def _loaded():
+    ops.load()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_formula(dtype, offset):
+    x, residual = (torch.randn(3, N, dtype=dtype) for _ in range(2))
+    weight = torch.randn(N, dtype=dtype)
+    exact = torch.nn.functional.rms_norm(x.double(), (N,), weight.double() + offset, 1e-5)
+    y = torch.ops.flute.rms_norm(x, weight, 1e-5, offset)
+    torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    both, total = torch.ops.flute.add_rms_norm(x, residual, weight, 1e-5, offset)
+    assert torch.equal(total, (x.float() + residual.float()).to(dtype))
+    wide = x.double() + residual.double()
+    exact = torch.nn.functional.rms_norm(wide, (N,), weight.double() + offset, 1e-5)
+    torch.testing.assert_close(both.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_fake_kernels_give_shapes():
+    x = torch.empty(2, 3, N, device="meta", dtype=torch.bfloat16)
+    weight = torch.empty(N, device="meta", dtype=torch.bfloat16)
+    assert torch.ops.flute.rms_norm(x, weight, 1e-5).shape == x.shape
+    assert [y.shape for y in torch.ops.flute.add_rms_norm(x, x, weight, 1e-5)] == 2 * [x.shape]
+
+
+class Builder:
+    """A graph as vLLM hands it to the pass: norms of its IR around one of our GEMMs."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, n: int = N) -> None:
+        self.graph = fx.Graph()
+        self.x, self.residual = (self.input(name, (4, n), dtype) for name in ("x", "residual"))
+        self.weight = self.input("weight", (n,), dtype)
+        self.qweight = self.input("qweight", (n, n // 8), torch.int32)
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = torch.empty(shape, dtype=dtype)
+        return node
+
+    def call(self, target, *arguments, like: fx.Node | None = None) -> fx.Node:
+        node = self.graph.call_function(target, arguments)
+        if like is not None:
+            node.meta["val"] = like.meta["val"]
+        return node
+
+    def norm(self, *, weight: fx.Node | None = None, variance: int | None = None):
+        node = self.call(
+            torch.ops.vllm_ir.fused_add_rms_norm.default, self.x, self.residual,
+            weight or self.weight, 1e-5, variance,
+        )  # fmt: skip
+        return [self.call(operator.getitem, node, i, like=self.x) for i in range(2)]
+
+    def gemm(self, x: fx.Node) -> fx.Node:
+        settings = ([N], 4, 64)
+        return self.call(
+            torch.ops.flute.gemm.default, x, self.qweight, self.weight, self.weight, *settings,
+            like=self.x,
+        )  # fmt: skip
+
+    def targets(self, *outputs: fx.Node) -> list[str]:
+        """After the pass, which must leave a graph that is whole."""
+        self.graph.output(outputs)
+        self.replaced = replace_norms(self.graph, devices=("cpu",))
+        assert replace_norms(self.graph, devices=("cpu",)) == 0  # nothing left to do
+        self.graph.lint()
+        return [str(node.target) for node in self.graph.nodes if node.op == "call_function"]
+
+
+def test_norm_before_a_gemm_is_replaced():
+    graph = Builder()
+    normed, total = graph.norm()
+    targets = graph.targets(graph.gemm(normed), total)
+    assert graph.replaced == 1
+    assert "flute.add_rms_norm.default" in targets
+    assert not any("vllm_ir" in target for target in targets)
+
+
+def test_norm_behind_a_gemm_is_replaced():
+    graph = Builder()
+    y = graph.call(
+        torch.ops.vllm_ir.rms_norm.default, graph.gemm(graph.x), graph.weight, 1e-6, None,
+        like=graph.x,
+    )  # fmt: skip
+    assert "flute.rms_norm.default" in graph.targets(y)
+    assert graph.replaced == 1
+
+
+def test_norm_far_from_our_gemms_stays():
+    graph = Builder()
+    targets = graph.targets(*graph.norm())
+    assert graph.replaced == 0
+    assert "vllm_ir.fused_add_rms_norm.default" in targets
+
+
+def test_gemmas_weight_is_taken_without_its_offset():
+    graph = Builder()
+    wide = graph.call(
+        torch.ops.prims.convert_element_type.default, graph.weight, torch.float32
+    )  # fmt: skip
+    normed, total = graph.norm(weight=graph.call(torch.ops.aten.add.Tensor, wide, 1.0))
+    targets = graph.targets(graph.gemm(normed), total)
+    assert graph.replaced == 1
+    assert not any("convert_element_type" in target or "aten.add" in target for target in targets)
+    (ours,) = graph.graph.find_nodes(
+        op="call_function", target=torch.ops.flute.add_rms_norm.default
+    )  # fmt: skip
+    assert ours.args[2:] == (graph.weight, 1e-5, 1.0)
+
+
+@pytest.mark.parametrize("why", ["float32", "odd", "variance", "no weight"])
+def test_what_our_norm_cannot_compute_stays(why):
+    dtype = torch.float32 if why == "float32" else torch.bfloat16
+    graph = Builder(dtype, n=20 if why == "odd" else N)
+    normed, total = graph.norm(variance=32 if why == "variance" else None)
+    if why == "no weight":
+        normed.args[0].update_arg(2, None)
+    graph.targets(graph.gemm(normed), total)
+    assert graph.replaced == 0
