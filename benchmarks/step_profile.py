@@ -34,9 +34,7 @@ def kind_of(name: str) -> str:
 def start(worker) -> None:
     import torch
 
-    worker.flute_profile = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CUDA]
-    )
+    worker.flute_profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     worker.flute_profile.start()
 
 

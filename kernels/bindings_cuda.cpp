@@ -1,12 +1,13 @@
 // The ops on CUDA tensors. Compiled only with FLUTE_BUILD=cuda; the library still loads under a
 // torch without CUDA, because its one CUDA symbol is weak and nothing runs at load.
+#include "bindings_cuda.h"
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 
-#include "bindings_cuda.h"
 #include "flute/cuda.h"
 #include "flute/launch.h"
 
@@ -249,10 +250,10 @@ Tensor gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const 
   return ts::matmul(x, ts::transpose(dense, 0, 1));
 }
 
-Tensor gemm_gated(const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                  const Tensor& table, std::vector<int64_t> part_sizes, int64_t bits,
-                  int64_t group_size, int64_t activation, std::vector<int64_t> plan,
-                  std::optional<Tensor> next, int64_t next_bytes) {
+Tensor gemm_gated(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& table,
+                  std::vector<int64_t> part_sizes, int64_t bits, int64_t group_size,
+                  int64_t activation, std::vector<int64_t> plan, std::optional<Tensor> next,
+                  int64_t next_bytes) {
   check_gated(part_sizes, activation);
   if (is_internal(qweight))
     return gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan, next,

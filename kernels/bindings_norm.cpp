@@ -31,11 +31,10 @@ void check_like(const char* op, const char* argument, const Tensor& tensor, cons
 std::tuple<Tensor, Tensor> norm(const char* op, const Tensor& x, const Tensor* residual,
                                 const Tensor& weight, double epsilon, double weight_offset) {
   const int64_t n = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
-  const bool known =
-      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
+  const bool known = x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
   FLUTE_CHECK(x.is_cuda() && known && n > 0 && n % 8 == 0 && n <= FLUTE_MAX_NORM, op, "x",
-              (name_of(x.scalar_type()), " ", shape_of(x), ", not 16 bits [..., a multiple of 8 up to ",
-               FLUTE_MAX_NORM, "]"),
+              (name_of(x.scalar_type()), " ", shape_of(x),
+               ", not 16 bits [..., a multiple of 8 up to ", FLUTE_MAX_NORM, "]"),
               ("use torch's norm for it"));
   FLUTE_CHECK(weight.numel() == n, op, "weight", (shape_of(weight), " for x of ", shape_of(x)),
               ("pass a weight for each of the last dimension"));
@@ -54,12 +53,12 @@ std::tuple<Tensor, Tensor> norm(const char* op, const Tensor& x, const Tensor* r
   if (m == 0) return {y, sums};
   const ts::accelerator::DeviceGuard guard(x.get_device_index());
   const bool adds = residual != nullptr;
-  check_kernel(op, flute_rms_norm(
-                       x.scalar_type() == ScalarType::BFloat16 ? FLUTE_BFLOAT16 : FLUTE_FLOAT16,
-                       int32_t(m), int32_t(n), float(epsilon), float(weight_offset),
-                       input.data_ptr(), adds ? other.data_ptr() : nullptr, factor.data_ptr(),
-                       y.mutable_data_ptr(), adds ? sums.mutable_data_ptr() : nullptr,
-                       current_stream(x.get_device_index())));
+  check_kernel(
+      op, flute_rms_norm(x.scalar_type() == ScalarType::BFloat16 ? FLUTE_BFLOAT16 : FLUTE_FLOAT16,
+                         int32_t(m), int32_t(n), float(epsilon), float(weight_offset),
+                         input.data_ptr(), adds ? other.data_ptr() : nullptr, factor.data_ptr(),
+                         y.mutable_data_ptr(), adds ? sums.mutable_data_ptr() : nullptr,
+                         current_stream(x.get_device_index())));
   return {y, sums};
 }
 

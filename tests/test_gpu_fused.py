@@ -15,9 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"]
-)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
 def gated(y: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from flute_vllm import norms, ops
+from flute_vllm import ops
 
 pytest.importorskip("vllm")
 import vllm.ir.ops  # noqa: E402, F401 - defines the ops that are replaced

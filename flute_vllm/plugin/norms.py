@@ -2,8 +2,9 @@
 
 Between two GEMMs the norm of a few rows is a matter of launches: ours lets the next GEMM load its
 table and its first weights meanwhile, and begins itself before the one ahead has ended. On an H200
-that takes 5 of the 53 us of a LLaMA-3-8B block's linear layers at batch 1 (benchmarks/NOTES.md). vLLM has norms as
-ops of its IR until after our pass, ``vllm_ir::rms_norm`` and ``vllm_ir::fused_add_rms_norm``.
+that takes 5 of the 53 us of the linear layers of a LLaMA-3-8B block at batch 1 (NOTES.md). vLLM has
+norms as
+ops of its IR until after our pass: ``vllm_ir::rms_norm`` and ``vllm_ir::fused_add_rms_norm``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 // A gated product's second step, where the launch before it could not do it.
-#include "activation.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "activation.cuh"
 #include "launch_common.cuh"
 
 namespace flute {
@@ -76,8 +75,7 @@ int launch_activate(int activation, int64_t m, int64_t n, const void* x, void* y
 
 extern "C" int flute_activate(int32_t activation, int32_t dtype, int64_t m, int64_t n,
                               const void* x, void* y, void* stream) {
-  if (activation < FLUTE_SILU || activation > FLUTE_GELU || m < 1 || n < 1)
-    return flute::kBadShape;
+  if (activation < FLUTE_SILU || activation > FLUTE_GELU || m < 1 || n < 1) return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case FLUTE_BFLOAT16:

@@ -95,12 +95,11 @@ int launch_norm(const Norm& norm, cudaStream_t stream) {
   const auto kernel = rms_norm_kernel<T, Vectors>;
   if (const int error = device.prepare(kernel, versions)) return error;
   const int threads = (ceil_div(norm.vectors, Vectors) + 31) / 32 * 32;
-  return launch_kernel(kernel, dim3(norm.m), threads, threads / 32 * sizeof(float), 1,
-                       device.ptx_version >= 90, stream, static_cast<const uint4*>(norm.x),
-                       static_cast<const uint4*>(norm.residual),
-                       static_cast<const uint4*>(norm.weight), static_cast<uint4*>(norm.y),
-                       static_cast<uint4*>(norm.sums), norm.vectors, norm.epsilon,
-                       norm.weight_offset);
+  return launch_kernel(
+      kernel, dim3(norm.m), threads, threads / 32 * sizeof(float), 1, device.ptx_version >= 90,
+      stream, static_cast<const uint4*>(norm.x), static_cast<const uint4*>(norm.residual),
+      static_cast<const uint4*>(norm.weight), static_cast<uint4*>(norm.y),
+      static_cast<uint4*>(norm.sums), norm.vectors, norm.epsilon, norm.weight_offset);
 }
 
 template <typename T>
@@ -118,14 +117,14 @@ extern "C" int flute_rms_norm(int32_t dtype, int32_t m, int32_t n, float epsilon
                               float weight_offset, const void* x, const void* residual,
                               const void* weight, void* y, void* sums, void* stream) {
   bool aligned = true;
-  for (const void* pointer : {x, residual, weight, const_cast<const void*>(y),
-                              const_cast<const void*>(sums)})
+  for (const void* pointer :
+       {x, residual, weight, const_cast<const void*>(y), const_cast<const void*>(sums)})
     aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   if (m < 1 || n < 1 || n % flute::kEach || n > FLUTE_MAX_NORM || !aligned ||
       (residual == nullptr) != (sums == nullptr))
     return flute::kBadShape;
-  const flute::Norm norm = {m, n / flute::kEach, epsilon, weight_offset, x, residual, weight, y,
-                            sums};
+  const flute::Norm norm = {m,        n / flute::kEach, epsilon, weight_offset, x,
+                            residual, weight,           y,       sums};
   auto* s = static_cast<cudaStream_t>(stream);
   if (dtype == FLUTE_BFLOAT16) return flute::launch_norm_of<__nv_bfloat16>(norm, s);
   if (dtype == FLUTE_FLOAT16) return flute::launch_norm_of<__half>(norm, s);
