@@ -4,8 +4,9 @@ A job is a dict: ``model`` (folder), ``engine`` (arguments of vllm.LLM), ``promp
 ``tokens``, optional ``lora`` (folder), ``reload`` (true: answer again after reload_weights),
 ``reload_from`` (the same with the weights of another folder, which overwrite the model's),
 ``then`` (names of STEPS, each followed by the same prompts again; answers under ``after``),
-``metrics`` (true: vLLM's counters). Jobs of one file run one after another in one process, which
-saves vLLM's import each time. A job that fails half way keeps the answers it had.
+``metrics`` (true: vLLM's counters), ``log`` (true: the plugin's messages). Jobs of one file run one
+after another in one process, which saves vLLM's import each time. A job that fails half way keeps
+the answers it had.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import shutil
 import signal
@@ -136,6 +138,11 @@ def _run_job(job: dict, result: dict) -> None:
     """Fills ``result`` step by step, so that it tells how far a failing job came."""
     from vllm import LLM, SamplingParams
 
+    if job.get("log"):
+        handler = logging.Handler()
+        result["log"] = []
+        handler.emit = lambda record: result["log"].append(record.getMessage())
+        logging.getLogger("vllm.flute").addHandler(handler)
     llm = LLM(model=job["model"], **{**DEFAULT_ENGINE, **job.get("engine", {})})
     try:
         sampling = SamplingParams(
