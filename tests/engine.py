@@ -138,11 +138,6 @@ def _run_job(job: dict, result: dict) -> None:
     """Fills ``result`` step by step, so that it tells how far a failing job came."""
     from vllm import LLM, SamplingParams
 
-    if job.get("log"):
-        handler = logging.Handler()
-        result["log"] = []
-        handler.emit = lambda record: result["log"].append(record.getMessage())
-        logging.getLogger("vllm.flute").addHandler(handler)
     llm = LLM(model=job["model"], **{**DEFAULT_ENGINE, **job.get("engine", {})})
     try:
         sampling = SamplingParams(
@@ -171,6 +166,20 @@ def _run_job(job: dict, result: dict) -> None:
             result["metrics"] = {metric.name: metric.value for metric in counters}
     finally:
         _shut_down(llm)
+
+
+@contextlib.contextmanager
+def _messages(result: dict):
+    """Collects what the plugin logs meanwhile, as ``log``."""
+    import vllm  # noqa: F401 - as it sets logging up, it drops the handlers that are there
+
+    handler, logger = logging.Handler(), logging.getLogger("vllm.flute")
+    handler.emit = lambda record: result.setdefault("log", []).append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _answers(requests) -> list[dict]:
@@ -211,7 +220,8 @@ def main() -> None:
     for job in json.loads(request.read_text()):
         result = {}
         try:
-            _run_job(job, result)
+            with _messages(result) if job.get("log") else contextlib.nullcontext():
+                _run_job(job, result)
         except Exception as error:  # noqa: BLE001 - the test asserts on the message
             chain, current = [], error
             while current is not None:

@@ -18,12 +18,17 @@ from flute_vllm.format import LayerSpec
 from flute_vllm.ops import Activation
 
 pytest.importorskip("vllm")
-from engine import run_jobs  # noqa: E402
+from engine import run_groups  # noqa: E402
 from native_layers import check_message, column_layer, native_config  # noqa: E402
 from native_writer import write_native  # noqa: E402
 from tiny_models import PROMPTS, write_tiny_model  # noqa: E402
-from vllm.compilation.passes.inductor_pass import CallableInductorPass  # noqa: E402
+from vllm.compilation.passes.inductor_pass import (  # noqa: E402
+    CallableInductorPass,
+    pass_context,
+)
+from vllm.compilation.passes.pass_manager import PostGradPassManager  # noqa: E402
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config.utils import Range  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from flute_vllm.plugin import fusion  # noqa: E402
@@ -35,7 +40,7 @@ HOOK = "post_grad_custom_post_pass"
 
 
 class Recorder(FuseActivation):
-    """The pass, and the graphs that it made."""
+    """The pass, and the graph that it made."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.Graph] = []
@@ -52,9 +57,9 @@ class Recorder(FuseActivation):
         return len(graph.find_nodes(op="call_function", target=target))
 
 
-def run(function: Callable, *inputs: torch.Tensor, dynamic: bool = True):
+def run(function: Callable, *inputs: torch.Tensor, dynamic: bool = True, hook=lambda ours: ours):
     """Results of the graph after Inductor's passes and ours, without its code generation; the
-    recorder of the pass."""
+    recorder of the pass. ``hook`` makes of it what Inductor calls."""
     from torch._dynamo.utils import detect_fake_mode
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor import config
@@ -74,7 +79,7 @@ def run(function: Callable, *inputs: torch.Tensor, dynamic: bool = True):
         return compile_fx(module, examples, inner_compile=after_passes)
 
     torch._dynamo.reset()
-    patches = {HOOK: recorder, "enable_auto_functionalized_v2": False}
+    patches = {HOOK: hook(recorder), "enable_auto_functionalized_v2": False}
     with torch.no_grad(), config.patch(patches):
         result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
     return result, recorder
@@ -123,12 +128,30 @@ def test_activations_of_vllm_become_part_of_the_gemm(problem, activation, dtype)
     assert_close(result, act(gemm(x)))
     (graph,) = recorder.graphs
     (gated,) = graph.find_nodes(op="call_function", target=GATED)
-    calls = graph.find_nodes(op="call_function", target=GATED)
-    assert len(graph.nodes) == len(graph.find_nodes(op="placeholder")) + len(calls) + 1  # no rest
+    others = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    assert others == [gated]  # nothing that it does not need
     assert gated.args[4:] == ([24, 24], 4, 32, int(activation), [], None, 0)
     assert gated.meta["val"].shape[1:] == (24,)
     assert gated.meta["val"].dtype == dtype
     assert gated.meta["val"].stride() == (24, 1)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_behind_the_passes_of_vllm(problem, activation):
+    """As VllmBackend runs it, which vLLM has on GPUs only."""
+
+    def manage(ours):
+        manager = PostGradPassManager()
+        manager.configure(config)
+        manager.add(ours)
+        return manager
+
+    act, gemm, config = vllm_activation(activation), layer(problem), VllmConfig()
+    x = make_x(5, 64)
+    with set_current_vllm_config(config), pass_context(Range(1, 64)):
+        result, recorder = run(lambda x: act(gemm(x)), x, hook=manage)
+    assert (recorder.count(GEMM), recorder.count(GATED)) == (0, 1)
+    assert_close(result, act(gemm(x)))
 
 
 def test_any_rank_any_rows_and_what_a_launch_asks_ahead(problem):
@@ -377,26 +400,21 @@ def test_a_compiled_engine_fuses_and_answers_the_same(tmp_path):
     for name, (spec, layers) in specs.items():
         write_tiny_model(tmp_path / name / "dense", name, num_hidden_layers=layers)
         write_native(tmp_path / name / "dense", tmp_path / name / "quantized", spec)
-        job = {"model": str(tmp_path / name / "quantized"), "prompts": PROMPTS, "log": True}
-        jobs += [job, {**job, "engine": {"enforce_eager": False}}]
+        jobs.append({"model": str(tmp_path / name / "quantized"), "prompts": PROMPTS})
+    compiled = [{**job, "log": True, "engine": {"enforce_eager": False}} for job in jobs]
     environment = {
         "TORCHDYNAMO_DISABLE": "0",
         "VLLM_LOGGING_LEVEL": "INFO",
-        # A graph from a cache was fused before, and the pass does not run.
-        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),  # empty: a graph from a cache is fused already
     }
-    results = run_jobs(jobs, environment)
-    for plain, compiled, (_, layers) in zip(
-        results[::2], results[1::2], specs.values(), strict=True
-    ):
-        assert "error" not in compiled, compiled["error"]
-        found = [line for line in compiled["log"] if "compute their activation" in line]
-        assert found == [
+    results = run_groups({"plain": (jobs, {}), "compiled": (compiled, environment)})
+    for name, plain, fused in zip(specs, results["plain"], results["compiled"], strict=True):
+        assert "error" not in fused, fused["error"]
+        layers = specs[name][1]
+        assert (
             f"flute: in a compiled graph, {layers} of {4 * layers} gemms compute their activation,"
             " too"
-        ]
-        assert not any("compute their activation" in line for line in plain["log"])
-        for answer, wanted in zip(compiled["outputs"], plain["outputs"], strict=True):
+        ) in fused["log"]
+        for answer, wanted in zip(fused["outputs"], plain["outputs"], strict=True):
             assert answer["tokens"] == wanted["tokens"]
             assert answer["logprobs"] == pytest.approx(wanted["logprobs"], abs=1e-4)
