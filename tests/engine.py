@@ -4,8 +4,9 @@ A job is a dict: ``model`` (folder), ``engine`` (arguments of vllm.LLM), ``promp
 ``tokens``, optional ``lora`` (folder), ``reload`` (true: answer again after reload_weights),
 ``reload_from`` (the same with the weights of another folder, which overwrite the model's),
 ``then`` (names of STEPS, each followed by the same prompts again; answers under ``after``),
-``metrics`` (true: vLLM's counters). Jobs of one file run one after another in one process, which
-saves vLLM's import each time. A job that fails half way keeps the answers it had.
+``metrics`` (true: vLLM's counters), ``log`` (true: the plugin's messages). Jobs of one file run one
+after another in one process, which saves vLLM's import each time. A job that fails half way keeps
+the answers it had.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import shutil
 import signal
@@ -166,6 +168,20 @@ def _run_job(job: dict, result: dict) -> None:
         _shut_down(llm)
 
 
+@contextlib.contextmanager
+def _messages(result: dict):
+    """Collects what the plugin logs meanwhile, as ``log``."""
+    import vllm  # noqa: F401 - as it sets logging up, it drops the handlers that are there
+
+    handler, logger = logging.Handler(), logging.getLogger("vllm.flute")
+    handler.emit = lambda record: result.setdefault("log", []).append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def _answers(requests) -> list[dict]:
     answers = []
     for request in requests:
@@ -204,7 +220,8 @@ def main() -> None:
     for job in json.loads(request.read_text()):
         result = {}
         try:
-            _run_job(job, result)
+            with _messages(result) if job.get("log") else contextlib.nullcontext():
+                _run_job(job, result)
         except Exception as error:  # noqa: BLE001 - the test asserts on the message
             chain, current = [], error
             while current is not None:

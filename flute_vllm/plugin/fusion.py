@@ -5,10 +5,11 @@ There ``flute::gemm``, whose two halves go into an activation and nowhere else, 
 ``flute::gemm_gated``: one launch less, and the wide result is never written. With LoRA the
 adapters' op changes the result of the gemm in between, so nothing matches.
 
-The pass runs wherever vLLM hands a graph to Inductor: behind its own passes in VllmBackend on a GPU,
-as Inductor's own ``post_grad_custom_post_pass`` on a CPU. Its uuid enters both the hash that names
-vLLM's compile caches and Inductor's keys. A graph compiled without the pass has other names
-there; it would only be slower, not wrong.
+The pass runs wherever vLLM hands a graph to Inductor: behind its own passes in VllmBackend on a
+GPU, as Inductor's own ``post_grad_custom_post_pass`` on a CPU. Its uuid enters the hash of vLLM's
+config, which names the folders of its two compile caches, and Inductor's keys: so the variable or
+another version of this file lead to another graph. A stale one would be slower, not wrong: both
+ops stay.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -101,29 +103,37 @@ class FuseActivation(InductorPass):
 
 def _fuse(graph: fx.Graph, gemm: fx.Node) -> bool:
     """Replaces one gemm and its activation. False, and nothing changed, where they do not fit."""
-    given = dict(zip((a.name for a in gemm.target._schema.arguments), gemm.args, strict=False))
-    given |= gemm.kwargs
-    parts, value = given["part_sizes"], gemm.meta.get("val")
+    parts, value = _by_name(gemm.args, gemm.kwargs)["part_sizes"], gemm.meta.get("val")
     if len(parts) != 2 or parts[0] != parts[1] or value is None:
         return False
     found = _vllm_kernel(gemm) or _traced(gemm, parts[0])
-    if found is None:
+    if found is None or found[1].meta["val"].dtype != value.dtype:
         return False
     activation, last, matched = found
-    if last.meta["val"].dtype != value.dtype:
-        return False
-    order = [argument.name for argument in torch.ops.flute.gemm_gated.default._schema.arguments]
-    given = {"plan": [], "next": None, "next_bytes": 0, **given, "activation": int(activation)}
     with graph.inserting_before(gemm):
-        gated = graph.call_function(
-            torch.ops.flute.gemm_gated.default, tuple(given[name] for name in order)
-        )
-    gated.meta.update(last.meta)
-    gated.meta["val"] = value.new_empty((*value.shape[:-1], parts[0]))
+        arguments = _gated_arguments(gemm.args, gemm.kwargs, activation)
+        gated = graph.call_function(torch.ops.flute.gemm_gated.default, arguments)
+    gated.meta = {**gemm.meta, "val": value.new_empty((*value.shape[:-1], parts[0]))}
+    gated.meta.pop("tensor_meta", None)
+    if "eager_input_vals" in gemm.meta:  # the strides that Inductor must give to the inputs
+        eager = _gated_arguments(*gemm.meta["eager_input_vals"], activation)
+        gated.meta["eager_input_vals"] = (eager, {})
     last.replace_all_uses_with(gated)
     for node in sorted(matched, reverse=True):
         graph.erase_node(node)
     return True
+
+
+def _by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of ``flute::gemm`` as a graph has them, without those left at their defaults."""
+    schema = torch.ops.flute.gemm.default._schema
+    return {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+
+
+def _gated_arguments(args: tuple, kwargs: dict, activation: Activation) -> tuple:
+    schema = torch.ops.flute.gemm_gated.default._schema
+    given = {**_by_name(args, kwargs), "activation": int(activation)}
+    return tuple(given.get(a.name, a.default_value) for a in schema.arguments)
 
 
 # What was found: the activation, the node of the result, and all nodes that it makes needless.
@@ -147,7 +157,7 @@ def _vllm_kernel(gemm: fx.Node) -> _Found | None:
     if source is not gemm or len(results) != 1 or not all(is_read):
         return None
     matched = {gemm, call, results[0]}
-    if isinstance(result, fx.Node) and result.op == "call_function" and len(result.users) == 1:
+    if isinstance(result, fx.Node) and len(result.users) == 1 and not result.is_impure():
         matched.add(result)  # its memory
     return VLLM_KERNELS[name], results[0], matched
 
@@ -186,10 +196,10 @@ def _computed_from(gemm: fx.Node) -> list[fx.Node]:
     found, waiting = {gemm}, [gemm]
     while waiting:
         for user in waiting.pop().users:
-            if user not in found and user.op == "call_function":
-                if found.issuperset(user.all_input_nodes):
-                    found.add(user)
-                    waiting.append(user)
+            is_new = user not in found and user.op == "call_function"
+            if is_new and found.issuperset(user.all_input_nodes):
+                found.add(user)
+                waiting.append(user)
     return sorted(found - {gemm})
 
 
@@ -198,14 +208,18 @@ def _half(gemm: fx.Node, begin: int, rows: int):
     last_dim = gemm.meta["val"].dim() - 1
 
     def check(node: fx.Node) -> bool:
-        if node.target is not torch.ops.aten.slice.Tensor or node.kwargs or node.args[0] is not gemm:
+        if (
+            node.target is not torch.ops.aten.slice.Tensor
+            or node.kwargs
+            or node.args[0] is not gemm
+        ):
             return False
         dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
         start, end = start or 0, 2 * rows if end is None else end
         if not all(isinstance(number, int) for number in (dim, start, end, step)):
             return False
-        is_end = end == begin + rows or (begin and end > 2 * rows)  # slicing to the end says 2^63 - 1
-        return dim in (last_dim, -1) and start == begin and step == 1 and bool(is_end)
+        end = min(end, 2 * rows)  # a slice to the end says 2^63 - 1
+        return dim in (last_dim, -1) and (start, end, step) == (begin, begin + rows, 1)
 
     return check
 

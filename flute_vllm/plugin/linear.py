@@ -24,6 +24,7 @@ from vllm.model_executor.utils import replace_parameter
 from flute_vllm import ops, tuning
 from flute_vllm.errors import FluteError
 from flute_vllm.format import PER_ROW, TENSOR_NAMES, UNIT, LayerSpec
+from flute_vllm.plugin import fusion
 from flute_vllm.plugin.order import LayerOrder, next_weight
 from flute_vllm.plugin.tracking import (
     LoadAccount,
@@ -77,6 +78,7 @@ class FluteLinearMethod(LinearMethodBase):
     def prepare(self, layer, in_features: int, parts: list[int], dtype: torch.dtype) -> None:
         """Notes on the layer what loading and the forward call need beside its tensors."""
         ops.load()
+        fusion.install()
         layer.flute_account = LoadAccount(self.prefix, layer_parts(layer))
         layer.flute_in_features = in_features
         layer.flute_parts = list(parts)
