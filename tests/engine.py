@@ -171,15 +171,18 @@ def _run_job(job: dict, result: dict) -> None:
 @contextlib.contextmanager
 def _messages(result: dict):
     """Collects what the plugin logs meanwhile, as ``log``."""
-    import vllm  # noqa: F401 - as it sets logging up, it drops the handlers that are there
 
-    handler, logger = logging.Handler(), logging.getLogger("vllm.flute")
-    handler.emit = lambda record: result.setdefault("log", []).append(record.getMessage())
-    logger.addHandler(handler)
+    def keep(record: logging.LogRecord) -> bool:
+        result.setdefault("log", []).append(record.getMessage())
+        return True
+
+    # Not a handler: vLLM sets logging up while an engine is made, and drops those.
+    logger = logging.getLogger("vllm.flute")
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        logger.removeFilter(keep)
 
 
 def _answers(requests) -> list[dict]:
