@@ -107,9 +107,12 @@ def _fuse(graph: fx.Graph, gemm: fx.Node) -> bool:
     if len(parts) != 2 or parts[0] != parts[1] or value is None:
         return False
     found = _vllm_kernel(gemm) or _traced(gemm, parts[0])
-    if found is None or found[1].meta["val"].dtype != value.dtype:
+    if found is None:
         return False
     activation, last, matched = found
+    result = last.meta.get("val")
+    if result is None or result.dtype != value.dtype:
+        return False
     with graph.inserting_before(gemm):
         arguments = _gated_arguments(gemm.args, gemm.kwargs, activation)
         gated = graph.call_function(torch.ops.flute.gemm_gated.default, arguments)
@@ -146,11 +149,13 @@ def _vllm_kernel(gemm: fx.Node) -> _Found | None:
     is_functional = torch.ops.higher_order.auto_functionalized
     if call is None or call.target is not is_functional or len(gemm.users) > 1:
         return None
-    namespace, _, name = call.args[0]._schema.name.partition("::")
-    arguments = [argument.name for argument in call.args[0]._schema.arguments]
-    if namespace != "_C" or name not in VLLM_KERNELS or len(arguments) != 2:
+    if not isinstance(call.args[0], torch._ops.OpOverload):
         return None
-    result, source = (call.kwargs.get(argument) for argument in arguments)
+    schema = call.args[0]._schema
+    namespace, _, name = schema.name.partition("::")
+    if namespace != "_C" or name not in VLLM_KERNELS or len(schema.arguments) != 2:
+        return None
+    result, source = (call.kwargs.get(argument.name) for argument in schema.arguments)
     results = list(call.users)
     # The tuple has what the op returns, nothing, and then the changed tensor.
     is_read = [use.target is operator.getitem and use.args[1] == 1 for use in results]
