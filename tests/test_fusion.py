@@ -19,15 +19,15 @@ from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.config.utils import Range  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from flute_vllm.plugin import fusion  # noqa: E402
-from flute_vllm.plugin.fusion import FuseActivation  # noqa: E402
+from flute_vllm.plugin import fused_gates  # noqa: E402
+from flute_vllm.plugin.fusion import FusionPass  # noqa: E402
 
 ops.load()
 GEMM, GATED = torch.ops.flute.gemm.default, torch.ops.flute.gemm_gated.default
 HOOK = "post_grad_custom_post_pass"
 
 
-class Recorder(FuseActivation):
+class Recorder(FusionPass):
     """The pass, and the graph that it made."""
 
     def __init__(self) -> None:
@@ -171,7 +171,7 @@ def test_every_layer_of_a_model_is_fused():
     assert_close(result, block(block(x, silu), gelu))
 
 
-@pytest.mark.parametrize("name", fusion.VLLM_KERNELS)
+@pytest.mark.parametrize("name", fused_gates.VLLM_KERNELS)
 def test_kernels_of_vllm_are_replaced(problem, name):
     """Where vLLM's custom ops are on, the graph has its kernel, which writes to a new tensor."""
     current_platform.import_kernels()
@@ -189,14 +189,14 @@ def test_kernels_of_vllm_are_replaced(problem, name):
     result, recorder = run(function, x)
     assert (recorder.count(GEMM), recorder.count(GATED)) == (0, 1)
     assert recorder.count(torch.ops.higher_order.auto_functionalized) == 0
-    act = vllm_activation(fusion.VLLM_KERNELS[name])
+    act = vllm_activation(fused_gates.VLLM_KERNELS[name])
     assert_close(result, act(layer(problem)(x)) * 2)
 
 
 def test_inductor_compiles_the_fused_graph(problem):
     """The whole way, and again from Inductor's cache, whose key the pass is part of."""
     act, gemm = vllm_activation(Activation.SILU), layer(problem)
-    options = {HOOK: FuseActivation(), "enable_auto_functionalized_v2": False}
+    options = {HOOK: FusionPass(), "enable_auto_functionalized_v2": False}
     x = make_x(5, 64)
     for rows in (5, 1, 50):
         torch._dynamo.reset()

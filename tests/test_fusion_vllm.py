@@ -23,7 +23,7 @@ from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config  
 from vllm.platforms import current_platform  # noqa: E402
 
 from flute_vllm.plugin import fusion  # noqa: E402
-from flute_vllm.plugin.fusion import FuseActivation  # noqa: E402
+from flute_vllm.plugin.fusion import FusionPass  # noqa: E402
 
 
 def config_with(**compilation) -> VllmConfig:
@@ -42,7 +42,7 @@ def test_a_config_gets_one_pass_that_is_part_of_its_hash(monkeypatch):
     config = config_with()
     before = config.compilation_config.compute_hash()
     found = installed(config)
-    assert type(found) is FuseActivation
+    assert type(found) is FusionPass
     assert installed(config) is found
     assert config.compilation_config.compute_hash() != before  # names vLLM's compile caches
     for clone in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
@@ -59,7 +59,7 @@ def test_a_layer_of_vllm_installs_it():
         patch.setattr("vllm.config.VllmConfig", lambda: config)
         column_layer(native_config())
     hooks = config.compilation_config.inductor_compile_config
-    assert type(hooks[current_platform.pass_key]) is FuseActivation
+    assert type(hooks[current_platform.pass_key]) is FusionPass
 
 
 @pytest.mark.parametrize("compilation", [{"mode": 0}, {"backend": "eager"}])
@@ -83,13 +83,13 @@ def test_a_pass_of_the_user_stays_and_is_named(monkeypatch):
 
 
 def test_other_code_has_another_uuid(monkeypatch, tmp_path):
-    seen = {FuseActivation().uuid()}
+    seen = {FusionPass().uuid()}
     for module in (fusion, ops):
         changed = tmp_path / "changed.py"
         changed.write_text(Path(module.__file__).read_text() + "# a change\n")
         with monkeypatch.context() as patch:
             patch.setattr(module, "__file__", str(changed))
-            seen.add(FuseActivation().uuid())
+            seen.add(FusionPass().uuid())
     assert len(seen) == 3
 
 

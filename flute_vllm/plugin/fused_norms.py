@@ -2,14 +2,15 @@
 
 Between two GEMMs the norm of a few rows is a matter of launches: ours lets the next GEMM load its
 table and its first weights meanwhile, and begins itself before the one ahead has ended. On an H200
-that takes 5 of the 53 us of the linear layers of a LLaMA-3-8B block at batch 1 (NOTES.md). vLLM has
-norms as
-ops of its IR until after our pass: ``vllm_ir::rms_norm`` and ``vllm_ir::fused_add_rms_norm``.
+that takes 5 of the 53 us of the linear layers of a LLaMA-3-8B block at batch 1 (NOTES.md). Until
+after our pass vLLM has norms as ops of its IR, ``vllm_ir::rms_norm`` and
+``vllm_ir::fused_add_rms_norm``; where it compiles for a CPU it has none.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -20,14 +21,19 @@ from flute_vllm.norms import DTYPES, LARGEST, MULTIPLE
 IR_NORMS = {"rms_norm": 1, "fused_add_rms_norm": 2}
 
 
-def replace_norms(graph: fx.Graph, devices: tuple[str, ...] = ("cuda",)) -> int:
+def begins_early(device: torch.device) -> bool:
+    """Whether kernels may begin before the one ahead has ended: what our norm is faster by."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def replace_norms(graph: fx.Graph, is_wanted: Callable[[torch.device], bool] = begins_early) -> int:
     """Puts our norm in the place of each that touches one of our GEMMs; returns how many."""
     replaced = 0
     for name, results in IR_NORMS.items():
         target = _ir_op(name)
         nodes = graph.find_nodes(op="call_function", target=target) if target else ()
         for node in nodes:
-            replaced += _replace(graph, node, results, devices)
+            replaced += _replace(graph, node, results, is_wanted)
     return replaced
 
 
@@ -37,7 +43,7 @@ def _ir_op(name: str):
     return None if packet is None else packet.default
 
 
-def _replace(graph: fx.Graph, node: fx.Node, results: int, devices: tuple[str, ...]) -> bool:
+def _replace(graph: fx.Graph, node: fx.Node, results: int, is_wanted: Callable) -> bool:
     *inputs, weight, epsilon = node.args[: results + 2]
     variance_size = node.args[results + 2] if len(node.args) > results + 2 else None
     if variance_size is not None or node.kwargs or not isinstance(weight, fx.Node):
@@ -45,8 +51,8 @@ def _replace(graph: fx.Graph, node: fx.Node, results: int, devices: tuple[str, .
     value = _value(inputs[0])
     if (
         value is None
-        or value.device.type not in devices
         or value.dtype not in DTYPES
+        or not is_wanted(value.device)
         or any(_value(other) is None or _value(other).dtype != value.dtype for other in inputs)
         or value.shape[-1] > LARGEST
         or value.shape[-1] % MULTIPLE
