@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -19,10 +20,11 @@ from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.config.utils import Range  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from flute_vllm.plugin import fused_gates  # noqa: E402
+from flute_vllm.plugin import fused_gates, fused_norms  # noqa: E402
 from flute_vllm.plugin.fusion import FusionPass  # noqa: E402
 
 ops.load()
+current_platform.import_kernels()  # vLLM's pass manager names them
 GEMM, GATED = torch.ops.flute.gemm.default, torch.ops.flute.gemm_gated.default
 HOOK = "post_grad_custom_post_pass"
 
@@ -174,7 +176,6 @@ def test_every_layer_of_a_model_is_fused():
 @pytest.mark.parametrize("name", fused_gates.VLLM_KERNELS)
 def test_kernels_of_vllm_are_replaced(problem, name):
     """Where vLLM's custom ops are on, the graph has its kernel, which writes to a new tensor."""
-    current_platform.import_kernels()
     if not hasattr(torch.ops._C, name):
         pytest.skip(f"vLLM has no kernel {name} here")
     kernel = getattr(torch.ops._C, name)
@@ -203,6 +204,33 @@ def test_inductor_compiles_the_fused_graph(problem):
         compiled = torch.compile(lambda x: act(gemm(x)) + 1, dynamic=True, options=options)
         x = make_x(rows, 64)
         assert_close(compiled(x), act(gemm(x)) + 1)
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "GemmaRMSNorm"])
+def test_norms_of_vllm_become_ours(problem, kind, monkeypatch):
+    """As vLLM's modules call them and Inductor's passes leave them, for any number of rows."""
+    from vllm import ir
+    from vllm.model_executor.layers import layernorm
+
+    replace = functools.partial(fused_norms.replace_norms, is_wanted=lambda device: True)
+    monkeypatch.setattr(fused_norms, "replace_norms", replace)  # on a CPU, too
+    with set_current_vllm_config(VllmConfig()):
+        first, second = (getattr(layernorm, kind)(64, eps).bfloat16() for eps in (1e-5, 1e-6))
+    for norm in (first, second):
+        torch.nn.init.normal_(norm.weight)
+    gemm = layer(problem)
+
+    def function(x):
+        h = gemm(first.forward_native(x))
+        return gemm(second.forward_native(x + h[..., :1])), h
+
+    x = make_x(5, 64)
+    with ir.enable_torch_wrap(True):
+        result, recorder = run(function, x)
+    assert recorder.count(torch.ops.flute.rms_norm.default) == 2
+    assert not any("vllm_ir" in str(node.target) for node in recorder.graphs[0].nodes)
+    for found, wanted in zip(result, function(x), strict=True):
+        assert_close(found, wanted.detach())
 
 
 # --- what is left alone -------------------------------------------------------------------------

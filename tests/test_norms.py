@@ -45,6 +45,16 @@ def test_fake_kernels_give_shapes():
     assert [y.shape for y in torch.ops.flute.add_rms_norm(x, x, weight, 1e-5)] == 2 * [x.shape]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_opcheck(dtype):
+    """Strides and aliases of the results, too: of x that lies row by row, or column by column."""
+    weight = torch.randn(N, dtype=dtype)
+    for x in (torch.randn(3, N, dtype=dtype), torch.randn(N, 3, dtype=dtype).t()):
+        torch.library.opcheck(torch.ops.flute.rms_norm.default, (x, weight, 1e-5))
+        arguments = (x, x.clone(), weight, 1e-5, 1.0)
+        torch.library.opcheck(torch.ops.flute.add_rms_norm.default, arguments)
+
+
 class Builder:
     """A graph as vLLM hands it to the pass: norms of its IR around one of our GEMMs."""
 
@@ -58,6 +68,10 @@ class Builder:
         node = self.graph.placeholder(name)
         node.meta["val"] = torch.empty(shape, dtype=dtype)
         return node
+
+    def lay(self, node: fx.Node, *strides: int) -> None:
+        value = node.meta["val"]
+        node.meta["val"] = torch.empty_strided(value.shape, strides, dtype=value.dtype)
 
     def call(self, target, *arguments, like: fx.Node | None = None) -> fx.Node:
         node = self.graph.call_function(target, arguments)
@@ -116,25 +130,66 @@ def test_norm_far_from_our_gemms_stays():
 
 def test_gemmas_weight_is_taken_without_its_offset():
     graph = Builder()
-    wide = graph.call(
-        torch.ops.prims.convert_element_type.default, graph.weight, torch.float32
-    )  # fmt: skip
+    wide = graph.call(torch.ops.prims.convert_element_type.default, graph.weight, torch.float32)
     normed, total = graph.norm(weight=graph.call(torch.ops.aten.add.Tensor, wide, 1.0))
     targets = graph.targets(graph.gemm(normed), total)
     assert graph.replaced == 1
     assert not any("convert_element_type" in target or "aten.add" in target for target in targets)
     (ours,) = graph.graph.find_nodes(
         op="call_function", target=torch.ops.flute.add_rms_norm.default
-    )  # fmt: skip
+    )
     assert ours.args[2:] == (graph.weight, 1e-5, 1.0)
 
 
-@pytest.mark.parametrize("why", ["float32", "odd", "variance", "no weight"])
+@pytest.mark.parametrize("results", [1, 2])
+def test_other_users_get_ours_too(results):
+    graph = Builder()
+    if results == 1:
+        normed = graph.call(
+            torch.ops.vllm_ir.rms_norm.default, graph.x, graph.weight, 1e-6, like=graph.x
+        )  # fmt: skip
+        others = [normed]
+    else:
+        normed, total = graph.norm()
+        others = [normed, total, graph.call(torch.ops.aten.neg.default, total)]
+    targets = graph.targets(graph.gemm(normed), graph.gemm(normed), *others)
+    assert graph.replaced == 1
+    assert not any("vllm_ir" in target for target in targets)
+
+
+def test_a_shared_weight_keeps_what_others_need():
+    """Two of Gemma's norms with one weight, of which one touches no gemm."""
+    graph = Builder()
+    wide = graph.call(torch.ops.prims.convert_element_type.default, graph.weight, torch.float32)
+    weight = graph.call(torch.ops.aten.add.Tensor, wide, 1.0)
+    (near, _), far = graph.norm(weight=weight), graph.norm(weight=weight)
+    targets = graph.targets(graph.gemm(near), *far)
+    assert graph.replaced == 1
+    assert {"aten.add.Tensor", "vllm_ir.fused_add_rms_norm.default"} <= set(targets)
+
+
+@pytest.mark.parametrize("why", [
+    "float32", "odd", "variance", "no weight", "computed weight", "computed stored weight",
+    "one weight for all", "x askew", "residual askew", "named arguments", "tuple returned",
+])  # fmt: skip
 def test_what_our_norm_cannot_compute_stays(why):
     dtype = torch.float32 if why == "float32" else torch.bfloat16
     graph = Builder(dtype, n=20 if why == "odd" else N)
-    normed, total = graph.norm(variance=32 if why == "variance" else None)
+    weight = None
+    if why == "one weight for all":
+        weight = graph.input("one", (1,), dtype)
+    elif why.startswith("computed"):  # ours would read it before it is written
+        weight = graph.call(torch.ops.aten.neg.default, graph.weight, like=graph.weight)
+        if why == "computed stored weight":
+            wide = graph.call(torch.ops.prims.convert_element_type.default, weight, torch.float32)
+            weight = graph.call(torch.ops.aten.add.Tensor, wide, 1.0)
+    if why.endswith("askew"):  # ours would copy it first
+        graph.lay(graph.x if why == "x askew" else graph.residual, 3 * N, 1)
+    normed, total = graph.norm(weight=weight, variance=32 if why == "variance" else None)
+    node = normed.args[0]
     if why == "no weight":
-        normed.args[0].update_arg(2, None)
-    graph.targets(graph.gemm(normed), total)
+        node.update_arg(2, None)
+    elif why == "named arguments":
+        node.args, node.kwargs = node.args[:2], {"weight": graph.weight, "epsilon": 1e-5}
+    graph.targets(graph.gemm(normed), total, *([node] if why == "tuple returned" else []))
     assert graph.replaced == 0

@@ -102,7 +102,8 @@ FLUTE_API int flute_activate(int32_t activation, int32_t dtype, int64_t m, int64
 
 // y [m, n] = v / sqrt(mean of v^2 + epsilon) * (weight [n] + weight_offset), where v = x + residual
 // in fp32 and sums [m, n] = v rounded; or v = x, if residual and sums are null. 16 bits,
-// contiguous, aligned to 16 bytes; n a multiple of 8, at most FLUTE_MAX_NORM.
+// contiguous, aligned to 16 bytes; n a multiple of 8, at most FLUTE_MAX_NORM. As a GEMM's records,
+// weight is read before the launches ahead have ended: none of them may write it.
 FLUTE_API int flute_rms_norm(int32_t dtype, int32_t m, int32_t n, float epsilon,
                              float weight_offset, const void* x, const void* residual,
                              const void* weight, void* y, void* sums, void* stream);
