@@ -1,8 +1,9 @@
 """The ops ``flute::rms_norm`` and ``flute::add_rms_norm``: norms next to our GEMMs on a GPU.
 
 The CUDA kernel lets the GEMM behind it begin at once, and is itself launched while the kernel ahead
-of it still runs (kernels/cuda/norm.cu). On a CPU the ops are plain torch: for tests, and for the
-graphs of other devices.
+of it still runs (kernels/cuda/norm.cu). It reads its weight meanwhile, which the kernel ahead must
+therefore not write. On a CPU the ops are plain torch: for tests, and for the graphs of other
+devices.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ def add_rms_norm(
     weight_offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of ``x + residual``, taken from the sum before its rounding, and that sum."""
-    total = x.float() + residual.float()
+    total = (x.float() + residual.float()).contiguous()
     return _scaled(total, weight, epsilon, weight_offset).to(x.dtype), total.to(x.dtype)
 
 
 def _scaled(
     wide: torch.Tensor, weight: torch.Tensor, epsilon: float, weight_offset: float
 ) -> torch.Tensor:
+    wide = wide.contiguous()  # as the results are, whatever the strides of x
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return wide * scale * (weight.float() + weight_offset)
 
