@@ -27,8 +27,8 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void check_kernel(const char* op, int error) {
-  FLUTE_CHECK(error == 0, op, "qweight", ("the kernel reports: ", flute_error_text(error)),
+void check_kernel(const char* op, int error, const char* argument) {
+  FLUTE_CHECK(error == 0, op, argument, ("the kernel reports: ", flute_error_text(error)),
               ("rebuild with FLUTE_CUDA_ARCHS for this GPU, or check the earlier kernels"));
 }
 
@@ -189,7 +189,7 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
   if (m == 0) return empty_output(x, activation ? matrix.n / 2 : matrix.n);
   const ts::accelerator::DeviceGuard guard(qweight.get_device_index());
   const PlanEntry entry = plan_entry(plan, m);
-  if (activation && !entry.gates)
+  if (activation && (!entry.gates || entry.kernel == kDense))
     return activated(gemm_records(x, qweight, scales, table, part_sizes, bits, group_size, plan,
                                   next, next_bytes, FLUTE_NO_ACTIVATION),
                      activation);

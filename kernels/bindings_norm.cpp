@@ -53,12 +53,13 @@ std::tuple<Tensor, Tensor> norm(const char* op, const Tensor& x, const Tensor* r
   if (m == 0) return {y, sums};
   const ts::accelerator::DeviceGuard guard(x.get_device_index());
   const bool adds = residual != nullptr;
-  check_kernel(
-      op, flute_rms_norm(x.scalar_type() == ScalarType::BFloat16 ? FLUTE_BFLOAT16 : FLUTE_FLOAT16,
-                         int32_t(m), int32_t(n), float(epsilon), float(weight_offset),
-                         input.data_ptr(), adds ? other.data_ptr() : nullptr, factor.data_ptr(),
-                         y.mutable_data_ptr(), adds ? sums.mutable_data_ptr() : nullptr,
-                         current_stream(x.get_device_index())));
+  check_kernel(op,
+               flute_rms_norm(
+                   x.scalar_type() == ScalarType::BFloat16 ? FLUTE_BFLOAT16 : FLUTE_FLOAT16,
+                   int32_t(m), int32_t(n), float(epsilon), float(weight_offset), input.data_ptr(),
+                   adds ? other.data_ptr() : nullptr, factor.data_ptr(), y.mutable_data_ptr(),
+                   adds ? sums.mutable_data_ptr() : nullptr, current_stream(x.get_device_index())),
+               "x");
   return {y, sums};
 }
 
