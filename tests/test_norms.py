@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx
 
-from flute_vllm import ops
+from flute_vllm import ops, tuning
 
 pytest.importorskip("vllm")
 import vllm.ir.ops  # noqa: E402, F401 - defines the ops that are replaced
 
-from flute_vllm.plugin.fused_norms import replace_norms  # noqa: E402
+from flute_vllm.plugin.fused_norms import begins_early, replace_norms  # noqa: E402
 
 N = 64
 
@@ -139,6 +140,19 @@ def test_gemmas_weight_is_taken_without_its_offset():
         op="call_function", target=torch.ops.flute.add_rms_norm.default
     )
     assert ours.args[2:] == (graph.weight, 1e-5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_kernels", "wanted"),
+    [(90, True, True), (100, True, True), (89, True, False), (80, True, False), (90, False, False)],
+)
+def test_only_kernels_that_begin_early_replace_norms(capability, has_kernels, wanted, monkeypatch):
+    """Of the code that runs: a newer GPU without code of its own runs PTX of 8.9."""
+    device = replace(tuning.H200, capability=capability)
+    monkeypatch.setattr(tuning, "device_of", lambda place: device)
+    monkeypatch.setattr(ops, "has_cuda_kernels", lambda: has_kernels)
+    assert begins_early(torch.device("cuda", 0)) is wanted
+    assert not begins_early(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("results", [1, 2])

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flute_vllm import ops, tuning
 from flute_vllm.norms import DTYPES, LARGEST, MULTIPLE
 
 # Each with the number of its results.
@@ -23,8 +24,16 @@ IR_NORMS = {"rms_norm": 1, "fused_add_rms_norm": 2}
 
 
 def begins_early(device: torch.device) -> bool:
-    """Whether kernels may begin before the one ahead has ended: what our norm is faster by."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether our kernels can begin before the one ahead has ended, which our norm is faster by.
+
+    Not those of a library without CUDA, nor the PTX of 8.9 that newer GPUs run without code of
+    their own.
+    """
+    return (
+        device.type == "cuda"
+        and ops.has_cuda_kernels()
+        and tuning.device_of(device).capability >= 90
+    )
 
 
 def replace_norms(graph: fx.Graph, is_wanted: Callable[[torch.device], bool] = begins_early) -> int:
