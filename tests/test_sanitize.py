@@ -137,7 +137,7 @@ def test_the_first_cases_reach_every_compiled_block():
     assert {c.kind for c in first} == set(sanitize_cases.KERNELS)
     for kernel, blocks in BLOCKS.items():
         assert {block(c) for c in first if c.kind == kernel} == blocks
-    # What a budget cuts off is a bit of everything but the kernels with few cases, which come first.
+    # What a budget cuts off is a bit of everything but kernels with few cases, which come first.
     few = {"activate", "norm"}
     assert {c.kind for c in CASES[-20:]} == set(sanitize_cases.KERNELS) - few
     assert not few & {c.kind for c in CASES[32:]}

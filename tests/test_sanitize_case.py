@@ -63,7 +63,8 @@ int flute_dequantize(const int32_t* m, const void* r, const void* t, void* w, vo
 }
 static int launch(const char* name, int fields, const int32_t* m, const int32_t* c, int32_t rows,
                   const char* x, const void* r, const void* t, char* y, void* stream) {
-  size_t values = (size_t)rows * m[0];
+  const int activation = m[23];  // of the matrix, behind its parts: y is half as wide
+  size_t values = (size_t)rows * m[0] / (activation ? 2 : 1);
   int sum = 0;
   if (c[0] == 9) return 7;
   for (size_t i = 0; i < 2 * (size_t)rows * m[1]; i++) sum += x[i];
@@ -74,7 +75,25 @@ static int launch(const char* name, int fields, const int32_t* m, const int32_t*
   printf(", config");
   for (int i = 0; i < fields; i++) printf(" %d", c[i]);
   printf(", m %d", rows);
+  if (activation) printf(", activation %d", activation);
   return 0;
+}
+int flute_activate(int32_t activation, int32_t dtype, int64_t m, int64_t n, const char* x, char* y,
+                   void* stream) {
+  memmove(y, x, 2 * m * n);  // and as much again is there to read
+  memcpy(y, x + 2 * m * n, 2 * m * n);
+  printf("activate %d, %d %ld %ld\\n", activation, dtype, (long)m, (long)n);
+  return stream != 0;
+}
+int flute_rms_norm(int32_t dtype, int32_t m, int32_t n, float epsilon, float offset, const char* x,
+                   const char* residual, const char* weight, char* y, char* sums, void* stream) {
+  const size_t bytes = 2 * (size_t)m * n;
+  memcpy(sums, x, bytes);
+  memcpy(sums, residual, bytes);
+  memcpy(y, weight, 2 * n);
+  memset(y, 0, bytes);
+  printf("norm %d %d %d, %g %g\\n", dtype, m, n, epsilon, offset);
+  return stream != 0;
 }
 static int with_ahead(const Ahead* a, int error) {
   if (error) return error;
@@ -162,6 +181,19 @@ MATRIX = "matrix 333 1056 4 32 1 0 1"
             "tile 1, matrix 100 1056 3 32 0 1 2, config 64 2 3 4, m 9, workspace 1",
         ),
         ({"kind": "dequantize", "config": ()}, "dequantize 1"),
+        (
+            {"kind": "decode", "m": 3, "n": 200, "parts": (100, 100), "activation": 2},
+            "decode 1, matrix 200 1056 4 32 1 0 2, config 1 4 4 2 16 0, m 3, activation 2, "
+            "no ahead",
+        ),
+        (
+            {"kind": "activate", "m": 5, "n": 400, "config": (), "activation": 3, "launches": 2},
+            "activate 3, 1 5 200",
+        ),
+        (
+            {"kind": "norm", "m": 5, "k": 4096, "config": (), "dtype": "float16"},
+            "norm 0 5 4096, 1e-05 1",
+        ),
     ],
 )  # fmt: skip
 def test_each_kind_calls_its_function_with_its_arguments(run_case, fields, line):
