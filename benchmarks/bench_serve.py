@@ -226,12 +226,8 @@ def save_profile(arguments: argparse.Namespace, run: Run, result: dict) -> None:
     """Adds one engine's kernels to ``*_profile.json`` beside the output."""
     path = arguments.out.with_name(f"{arguments.out.stem}_profile.json")
     record = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    record |= {
-        "device": ask_gpu("name") or "CPU", **result["versions"],
-        "commit": arguments.commit or head_commit(), "command": "python " + " ".join(sys.argv),
-        "prompt_tokens": arguments.prompt_tokens,
-        "rows": merge(record["rows"], [row_of(run) | {"steps": result["profile"]}]),
-    }  # fmt: skip
+    rows = merge(record["rows"], [row_of(run) | {"steps": result["profile"]}])
+    record |= heading(arguments, result["versions"]) | {"rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -260,19 +256,24 @@ def merge(rows: list[dict], new: list[dict]) -> list[dict]:
 
 def save(arguments: argparse.Namespace, old: dict, new: list[dict]) -> None:
     versions = next((row["versions"] for row in reversed(new) if "versions" in row), {})
-    commands = [*filter(None, [old.get("command")]), "python " + " ".join(sys.argv)]
+    versions = {name: old[name] for name in ("vllm", "torch") if name in old} | versions
     rows = [{k: v for k, v in row.items() if k != "versions"} for row in new]
-    record = {
-        "device": ask_gpu("name") or "CPU",
-        "vllm": versions.get("vllm", old.get("vllm", "unknown")),
-        "torch": versions.get("torch", old.get("torch", "unknown")),
-        "commit": arguments.commit or head_commit(),
-        "command": " ; ".join(dict.fromkeys(commands)),
-        "prompt_tokens": arguments.prompt_tokens, "prefill": arguments.prefill,
-        "group_size": arguments.group_size, "rows": merge(old.get("rows", []), rows),
+    record = heading(arguments, versions, old.get("command")) | {
+        "prefill": arguments.prefill, "group_size": arguments.group_size,
+        "rows": merge(old.get("rows", []), rows),
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def heading(arguments: argparse.Namespace, versions: dict, earlier: str | None = None) -> dict:
+    """What stands at the head of a result file; ``earlier``: commands of rows that it keeps."""
+    commands = [*filter(None, [earlier]), "python " + " ".join(sys.argv)]
+    return {
+        "device": ask_gpu("name") or "CPU", "vllm": "unknown", "torch": "unknown", **versions,
+        "commit": arguments.commit or head_commit(),
+        "command": " ; ".join(dict.fromkeys(commands)), "prompt_tokens": arguments.prompt_tokens,
+    }  # fmt: skip
 
 
 def head_commit() -> str:
