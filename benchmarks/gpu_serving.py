@@ -26,6 +26,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import bench_serve
+import placement
+import serve_record
 from steps import Step, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +60,7 @@ def record(arguments: argparse.Namespace) -> dict:
     """What stands at the head of every result file."""
     versions = {name: metadata.version(name) for name in ("vllm", "torch")}
     return {
-        "device": bench_serve.ask_gpu("name") or "CPU", **versions,
+        "device": placement.ask_gpu("name") or "CPU", **versions,
         "commit": arguments.commit, "command": "python " + " ".join(sys.argv),
     }  # fmt: skip
 
@@ -208,7 +210,7 @@ def collect(folders: list[Path]) -> list[Path]:
             good = [row for row in new["rows"] if "error" not in row]
             for row in good:  # what differs from the head of the file stands in the row
                 row |= {"commit": new["commit"]}
-            old["rows"] = bench_serve.merge(old["rows"], good)
+            old["rows"] = serve_record.merge(old["rows"], good)
             old["command"] += " ; " + new["command"]
             written[-1].write_text(json.dumps(old, indent=1) + "\n")
             subprocess.run(script("plot_serve.py"), check=True)
@@ -228,7 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--soak-s", type=float, default=300)
     parser.add_argument("--limit-s", type=float, default=560, help="of the whole")
     parser.add_argument("--only", default="", help="names of steps, such as features,load")
-    parser.add_argument("--commit", default=bench_serve.head_commit())
+    parser.add_argument("--commit", default=serve_record.head_commit())
     arguments = parser.parse_args(argv)
     if arguments.set == "collect":
         if not arguments.folders:

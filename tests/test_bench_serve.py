@@ -14,6 +14,7 @@ from flute_vllm.schema import FluteQuantizationConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_serve  # noqa: E402
+import serve_record  # noqa: E402
 import model_shapes  # noqa: E402
 
 
@@ -49,7 +50,7 @@ def test_peers_format_is_read_by_compressed_tensors():
 def test_appending_replaces_equal_rows_and_keeps_others():
     old = [{"model": "8b", "method": m, "tp": 1, "x": 1} for m in ("bf16", "marlin")]
     new = [{"model": "8b", "method": "marlin", "tp": 1, "x": 2}]
-    assert [(r["method"], r["x"]) for r in bench_serve.merge(old, new)] == [
+    assert [(r["method"], r["x"]) for r in serve_record.merge(old, new)] == [
         ("bf16", 1),
         ("marlin", 2),
     ]
