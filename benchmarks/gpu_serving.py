@@ -25,7 +25,6 @@ from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
-import bench_serve
 import placement
 import serve_record
 from steps import Step, run

@@ -14,8 +14,8 @@ from flute_vllm.schema import FluteQuantizationConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_serve  # noqa: E402
-import serve_record  # noqa: E402
 import model_shapes  # noqa: E402
+import serve_record  # noqa: E402
 
 
 @pytest.mark.parametrize("model", model_shapes.MODELS)
