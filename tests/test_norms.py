@@ -142,6 +142,16 @@ def test_gemmas_weight_is_taken_without_its_offset():
     assert ours.args[2:] == (graph.weight, 1e-5, 1.0)
 
 
+@pytest.mark.parametrize("alias", ["detach", "alias"])
+def test_a_weight_may_be_seen_through_an_alias(alias):
+    graph = Builder()
+    target = getattr(torch.ops.aten, alias).default  # vLLM's norms take ``weight.data``
+    seen = graph.call(target, graph.weight, like=graph.weight)
+    normed, total = graph.norm(weight=seen)
+    graph.targets(graph.gemm(normed), total)
+    assert graph.replaced == 1
+
+
 @pytest.mark.parametrize(
     ("capability", "has_kernels", "wanted"),
     [(90, True, True), (100, True, True), (89, True, False), (80, True, False), (90, False, False)],

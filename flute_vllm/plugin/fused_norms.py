@@ -113,6 +113,9 @@ def _is_dense(value: torch.Tensor) -> bool:
 def _is_stored(node: fx.Node) -> bool:
     """Whether a weight comes from outside the graph. Our norm reads its weight before the kernels
     ahead of it have ended (kernels/cuda/norm.cu): one of them must not be what computes it."""
+    aten = torch.ops.aten
+    while node.target in (aten.detach.default, aten.alias.default):  # of ``weight.data``
+        node = node.args[0]
     return node.op in ("placeholder", "get_attr")
 
 
