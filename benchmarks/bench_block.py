@@ -11,7 +11,6 @@ where the plan says so), and both. Attention stands as one elementwise kernel ov
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import statistics
@@ -24,10 +23,11 @@ from bench_kernels import SHAPES, head_commit
 from kernel_library import Layer, Library, device
 
 from flute_vllm import tuning
+from flute_vllm.ops import Activation
 from flute_vllm.tools.timing import copies_for, graph_us
 
 EPSILON = 1e-5
-SILU = 1
+SILU = Activation.SILU
 # Whose norms, and how the activation runs.
 VARIANTS = {
     "vllm": ("torch", "torch"),
@@ -94,23 +94,15 @@ class Block:
             for name, (n, k) in SHAPES[self.family].items()
         }  # fmt: skip
 
-    def norm(self, x, residual, weight):
-        y, total = torch.empty_like(x), torch.empty_like(x)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, residual, weight, y, total)]
-        numbers = (*x.shape, ctypes.c_float(EPSILON), ctypes.c_float(0))
-        error = self.library.c.flute_rms_norm(1, *numbers, *pointers, stream)
-        if error:
-            raise RuntimeError(self.library.c.flute_error_text(error).decode())
-        return y, total
-
     def calls(self, m: int, norms: str, activation: str) -> list[Callable]:
         shapes, entries = SHAPES[self.family], self.entries(m)
         hidden, width = shapes["o"]
         new = functools.partial(torch.empty, device="cuda", dtype=torch.bfloat16)
         x, residual = (torch.randn(m, hidden, device="cuda").bfloat16() for _ in range(2))
         weight = torch.ones(hidden, device="cuda").bfloat16()
-        norm = self.norm if norms == "ours" else torch_norm
+        norm = torch_norm
+        if norms == "ours":
+            norm = functools.partial(self.library.add_rms_norm, epsilon=EPSILON)
 
         def product(copy: dict[str, Layer], name: str, x: torch.Tensor) -> torch.Tensor:
             return self.library.run(copy[name], entries[name], x, new((m, shapes[name][0])))

@@ -11,18 +11,13 @@ import collections
 import itertools
 import math
 import random
-from collections.abc import Callable
 
 import torch
-from kernel_library import Layer, Library
+from kernel_library import Layer, Library, relative_error
 
-from flute_vllm import tuning
+from flute_vllm import ops, tuning
+from flute_vllm.ops import Activation
 
-ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
-    1: torch.nn.functional.silu,
-    2: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    3: torch.nn.functional.gelu,
-}
 HALVES = (16, 40, 333, 1024, 7168)
 COLUMNS = {32: (160, 1056), 64: (192, 1088), 128: (1152, 4096), -1: (416, 2048)}
 COUNTS = (1, 2, 5, 8, 9, 16, 17, 32, 48, 64, 96, 128, 200, 500)
@@ -31,9 +26,9 @@ DRAWS = 2  # launches at random of each case
 BOUND_ROWS, FEWEST_OUTPUTS = 512, 1000
 
 
-def gate(y: torch.Tensor, activation: int) -> torch.Tensor:
+def gate(y: torch.Tensor, activation: Activation) -> torch.Tensor:
     first, second = y.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](first) * second
+    return ops.activate(first, activation) * second
 
 
 def random_gate(random_entry, problem: tuple, gpu: tuning.Device, rng) -> tuning.Entry | None:
@@ -53,14 +48,14 @@ def check_gated(library: Library, gpu: tuning.Device, random_entry, small: bool)
     formats = itertools.product((4, 3, 2), COLUMNS, (torch.bfloat16, torch.float16), (False, True))
     for number, (bits, group, dtype, pair) in enumerate(formats):
         for half, k in itertools.product(HALVES, COLUMNS[group][:1] if small else COLUMNS[group]):
-            parts, activation = (half, half), 1 + number % 3
+            parts, activation = (half, half), Activation(1 + number % len(Activation))
             layer = library.random_layer(2 * half, k, bits, group, dtype, pair=pair, parts=parts)
             exact, dense = layer.dense(torch.float32).double(), layer.dense()
             plan = tuning.entries(2 * half, k, bits, group, parts, gpu, pair=pair, environment={})
             # Of few outputs one is most of the error, ours or torch's by chance: torch's is that of
             # many, and launches of few rows are judged together.
             x = torch.randn(BOUND_ROWS, k, device="cuda").to(dtype) / k**0.5
-            bound = error_of(
+            bound = relative_error(
                 gate(x @ dense.t(), activation), gate(x.double() @ exact.t(), activation)
             )
             for m in COUNTS[::3] if small else COUNTS:
@@ -76,7 +71,7 @@ def check_gated(library: Library, gpu: tuning.Device, random_entry, small: bool)
                     y = torch.full((times, m, half), float("nan"), dtype=dtype, device="cuda")
                     for rows, out in zip(x, y, strict=True):
                         run_gated(library, layer, entry, activation, rows, out)
-                    error = error_of(y, reference)
+                    error = relative_error(y, reference)
                     name = tuning.KERNEL_NAMES[entry.kernel]
                     cases[name if entry.gates else f"{name}, then activate"] += 1
                     worst = max(worst, error / bound)
@@ -91,7 +86,7 @@ def check_gated(library: Library, gpu: tuning.Device, random_entry, small: bool)
 
 
 def run_gated(
-    library: Library, layer: Layer, entry: tuning.Entry, activation: int, x: torch.Tensor,
+    library: Library, layer: Layer, entry: tuning.Entry, activation: Activation, x: torch.Tensor,
     y: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """What ``flute::gemm_gated`` does with an entry of a plan; y [m, n / 2]."""
@@ -99,8 +94,3 @@ def run_gated(
         return library.run(layer, entry, x, y, activation=activation)
     gate_up = torch.full((x.shape[0], layer.matrix.n), float("nan"), dtype=x.dtype, device="cuda")
     return library.activate(library.run(layer, entry, x, gate_up), activation, y)
-
-
-def error_of(y: torch.Tensor, reference: torch.Tensor) -> float:
-    error = ((y.double() - reference).norm() / reference.norm()).item()
-    return error if error == error else float("inf")

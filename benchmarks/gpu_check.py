@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import torch
 from check_gated import check_gated
-from kernel_library import Library, device
+from kernel_library import Library, device, relative_error
 
 from flute_vllm import tuning
 
@@ -38,11 +38,6 @@ COUNTS = (
     *(33, 48, 57, 64, 65, 96, 100, 128, 129, 192, 200, 257, 500, 1000, 8192),
 )
 SMALL_COUNTS = (1, 8, 13, 32, 33, 64, 100, 128, 200, 257)
-
-
-def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
-    error = ((y.double() - reference).norm() / reference.norm()).item()
-    return error if error == error else float("inf")
 
 
 def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuning.Entry:

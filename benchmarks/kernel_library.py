@@ -15,6 +15,14 @@ from c_api import MAX_PARTS, Ahead, DecodeConfig, Matrix, Sm90Config, TileConfig
 from flute_vllm import format as flute_format
 from flute_vllm import tuning
 
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in launch.h
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """||y - reference|| / ||reference||; infinite for a NaN in y."""
+    error = ((y.double() - reference).norm() / reference.norm()).item()
+    return error if error == error else float("inf")
+
 
 def device() -> tuning.Device:
     return tuning.device_of(torch.device("cuda", 0))
@@ -53,11 +61,15 @@ class Library:
         self.c = open_library(path)
 
     def _call(self, function, matrix: Matrix, *arguments) -> None:
+        self._launch(function, ctypes.byref(matrix), *arguments)
+
+    def _launch(self, function, *arguments) -> None:
+        """On the current stream; tensors are passed as pointers."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         pointers = [
             ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments
         ]
-        error = function(ctypes.byref(matrix), *pointers, stream)
+        error = function(*pointers, stream)
         if error:
             raise RuntimeError(self.c.flute_error_text(error).decode())
 
@@ -161,15 +173,18 @@ class Library:
 
     def activate(self, x: torch.Tensor, activation: int, y: torch.Tensor) -> torch.Tensor:
         """y [m, n] = act(x[:, :n]) * x[:, n:] of contiguous x [m, 2 n]."""
-        dtype = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}[x.dtype]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = self.c.flute_activate(
-            activation, dtype, ctypes.c_int64(y.shape[0]), ctypes.c_int64(y.shape[1]),
-            ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), stream,
-        )  # fmt: skip
-        if error:
-            raise RuntimeError(self.c.flute_error_text(error).decode())
+        sizes = [ctypes.c_int64(size) for size in y.shape]
+        self._launch(self.c.flute_activate, int(activation), DTYPES[x.dtype], *sizes, x, y)
         return y
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and the sum."""
+        y, total = torch.empty_like(x), torch.empty_like(x)
+        numbers = (DTYPES[x.dtype], *x.shape, ctypes.c_float(epsilon), ctypes.c_float(0))
+        self._launch(self.c.flute_rms_norm, *numbers, x, residual, weight, y, total)
+        return y, total
 
     def run(
         self,

@@ -32,6 +32,17 @@ void check_kernel(const char* op, int error, const char* argument) {
               ("rebuild with FLUTE_CUDA_ARCHS for this GPU, or check the earlier kernels"));
 }
 
+Tensor readable(const Tensor& tensor) {
+  const Tensor dense = ts::contiguous(tensor);
+  return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 ? ts::clone(dense) : dense;
+}
+
+int32_t dtype_number(ScalarType type) {
+  return type == ScalarType::BFloat16 ? FLUTE_BFLOAT16
+         : type == ScalarType::Half   ? FLUTE_FLOAT16
+                                      : FLUTE_FLOAT32;
+}
+
 namespace {
 
 // The guard of the right device must be held by the caller.
@@ -161,10 +172,7 @@ Tensor activated(const Tensor& gate_up, int64_t activation) {
   Tensor y = empty_output(gate_up, n);
   if (y.numel() == 0) return y;
   const Tensor input = ts::contiguous(gate_up);
-  const ScalarType type = gate_up.scalar_type();
-  const int32_t dtype = type == ScalarType::BFloat16 ? FLUTE_BFLOAT16
-                        : type == ScalarType::Half   ? FLUTE_FLOAT16
-                                                     : FLUTE_FLOAT32;
+  const int32_t dtype = dtype_number(gate_up.scalar_type());
   const ts::accelerator::DeviceGuard guard(gate_up.get_device_index());
   check_kernel("gemm_gated",
                flute_activate(int32_t(activation), dtype, y.numel() / n, n, input.data_ptr(),
@@ -198,8 +206,7 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
     return ts::matmul(x,
                       ts::transpose(dense_records("gemm", matrix, qweight, scales, table), 0, 1));
   Tensor y = empty_output(x, activation ? matrix.n / 2 : matrix.n);
-  Tensor input = ts::contiguous(x);
-  if (reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 != 0) input = ts::clone(input);
+  const Tensor input = readable(x);
   const void *from = input.data_ptr(), *records = qweight.data_ptr(), *values = table.data_ptr();
   void *to = y.mutable_data_ptr(), *stream = current_stream(qweight.get_device_index());
   const auto& c = entry.config;

@@ -12,12 +12,6 @@ namespace {
 
 namespace ts = torch::stable;
 
-// Contiguous, and where the kernel can read 16 bytes at a time.
-Tensor readable(const Tensor& tensor) {
-  const Tensor dense = ts::contiguous(tensor);
-  return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 ? ts::clone(dense) : dense;
-}
-
 void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& x) {
   FLUTE_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index() &&
                   tensor.scalar_type() == x.scalar_type(),
@@ -54,11 +48,11 @@ std::tuple<Tensor, Tensor> norm(const char* op, const Tensor& x, const Tensor* r
   const ts::accelerator::DeviceGuard guard(x.get_device_index());
   const bool adds = residual != nullptr;
   check_kernel(op,
-               flute_rms_norm(
-                   x.scalar_type() == ScalarType::BFloat16 ? FLUTE_BFLOAT16 : FLUTE_FLOAT16,
-                   int32_t(m), int32_t(n), float(epsilon), float(weight_offset), input.data_ptr(),
-                   adds ? other.data_ptr() : nullptr, factor.data_ptr(), y.mutable_data_ptr(),
-                   adds ? sums.mutable_data_ptr() : nullptr, current_stream(x.get_device_index())),
+               flute_rms_norm(dtype_number(x.scalar_type()), int32_t(m), int32_t(n), float(epsilon),
+                              float(weight_offset), input.data_ptr(),
+                              adds ? other.data_ptr() : nullptr, factor.data_ptr(),
+                              y.mutable_data_ptr(), adds ? sums.mutable_data_ptr() : nullptr,
+                              current_stream(x.get_device_index())),
                "x");
   return {y, sums};
 }
