@@ -3,15 +3,42 @@
 
 #include "launch_common.cuh"
 #include "sm90_prefill.cuh"
+#include "sum_flags.h"
 
 namespace flute {
 
 constexpr int kPrefillSide = 8;  // tiles of x side by side, at most
 
+// Bytes of the partial sums of a launch that spreads k.
+inline int64_t prefill_workspace(const FluteSm90Config& config, int multiprocessors) {
+  return int64_t{multiprocessors} * kPrefillGroups * 64 * config.columns * 4;
+}
+
+// k of the tiles that do not fill the device, and of one round that does, is divided evenly among
+// all blocks: of those tiles alone each would be cut in many pieces.
+template <typename Shape>
+int launch_spread(PrefillParams& params, const CUtensorMap& x_map, int shared_bytes,
+                  const FluteSm90Config& config, const DeviceLimits& device, void* workspace,
+                  cudaStream_t stream) {
+  const int blocks = device.multiprocessors, rounds = params.tiles / blocks;
+  params.whole = params.tiles;
+  if (params.tiles % blocks && blocks * kPrefillGroups <= kSumFlags) {
+    params.whole = rounds > 1 ? (rounds - 1) * blocks : 0;
+    const int64_t k_tiles = int64_t{params.tiles - params.whole} * params.k_tiles;
+    params.spread = true;
+    params.each = static_cast<int>(k_tiles / blocks);
+    params.more = static_cast<int>(k_tiles % blocks);
+    params.partials = static_cast<float*>(workspace);
+    if (const int error = sum_flags(device.device, stream, &params.flags)) return error;
+  }
+  return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, shared_bytes, 1,
+                       config.overlap > 0, stream, params, x_map);
+}
+
 template <typename Shape>
 int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& config, int m,
                          const void* x, const void* records, const void* table, void* y,
-                         cudaStream_t stream) {
+                         void* workspace, cudaStream_t stream) {
   DeviceLimits device;
   if (const int error = device.load()) return error;
   static std::atomic<int> prepared[kMaxDevices];
@@ -23,7 +50,7 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   params.slots_at = params.staged_at + kPrefillGroups * kStagedBytes;
   const int total = params.slots_at + kPrefillGroups * config.stages * Shape::kSlot;
   if (config.row_tiles != 4 * kPrefillGroups || config.row_groups != kPrefillGroups ||
-      (config.splits != 1 && config.splits != 2 && config.splits != 4) || config.stages < 1 ||
+      config.splits < 0 || config.splits > 4 || config.splits == 3 || config.stages < 1 ||
       config.stages > kPrefillStages || config.x_stages < 3 || config.x_stages > kPrefillStages ||
       total > device.shared_limit || matrix.pair_table || matrix.activation ||
       (config.splits > 1 && config.x_stages * Shape::kXStage < Shape::kSumsBytes))
@@ -48,6 +75,8 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
+  if (config.splits == 0)
+    return launch_spread<Shape>(params, x_map, total, config, device, workspace, stream);
   // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
   int cluster = config.splits, blocks = device.multiprocessors;
   if (cluster > 1) {
