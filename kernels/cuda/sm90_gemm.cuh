@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t partials = base + sm90_barrier_bytes(Shape::kWarpgroups);
   auto partial = [&](int w) { return partials + w * kPartialBytes; };
   __syncthreads();
-  if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
+  if (row_group < whole) store_sums<kPartialPad>(products.sums, partial(warp), lane);
   __syncthreads();
 
   // Four rows of a column at a time. `rank`: this block's share of the work, of `ranks`.
