@@ -105,21 +105,6 @@ def test_shared_memory_of_four_and_eight_warpgroups():
     assert sm90.launch(problem, sm90.Config(16, 8, 4, 8, 1, 2, 2), tuning.H200)
 
 
-def test_shared_memory_of_128_columns_holds_no_table_of_single_values():
-    """By hand: barriers, filled up to 1 KiB; halves of k tiles of x; rings of 16 warps."""
-    problem, slot = sm90.Problem(4096, 4096, 128, 4, 128), 2 * (16 * 128 // 2 + 32)
-    for row_groups, x_stages in ((4, 8), (2, 4), (1, 2)):
-        config = sm90.complete(problem, sm90.Config(128, 4, 4, row_groups), tuning.H200)
-        assert (config.stages, config.x_stages) == (2, x_stages)
-        x_bytes = 4 // row_groups * x_stages * 128 * 64 * 2
-        launch = sm90.launch(problem, config, tuning.H200)
-        assert launch.shared_bytes == 3072 + x_bytes + 16 * 2 * slot
-    pairs = sm90.Problem(4096, 4096, 128, 4, 128, pair=True)
-    config = sm90.complete(pairs, sm90.Config(128, 4, 4), tuning.H200)
-    assert (config.stages, config.x_stages) == (2, 2)
-    assert sm90.complete(pairs, sm90.Config(128, 4, 4, 2), tuning.H200) is None
-
-
 @given(
     layer=layers,
     m=st.integers(1, 5000),

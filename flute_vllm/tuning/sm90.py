@@ -23,8 +23,6 @@ PREFILL_TILES = 8  # 16-row tiles of a block
 PREFILL_GROUPS = 2  # warpgroups of a block that multiply
 MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
-REGISTER_COLUMNS = 128  # with them, a table of single values lies in registers
-SWIZZLE_BYTES = 1024  # to which x is aligned
 PREFILL_STAGES = 8  # of weights and of x, at most
 PREFILL_BARRIER_BYTES = 1024
 PREFILL_STAGED_BYTES = 2 * 32 * 144  # sums of a warpgroup on their way out
@@ -38,13 +36,6 @@ class Problem(ProblemBase):
     def slot_bytes(self, config: Config) -> int:
         """Of a request of weights."""
         return config.depth * self.record_bytes
-
-    def register_table(self, config: Config) -> bool:
-        return not self.pair and config.columns == REGISTER_COLUMNS
-
-    def x_stage_bytes(self, config: Config) -> int:
-        """Of a k tile, or of half of one where the table lies in registers."""
-        return config.columns * TILE_K * (1 if self.register_table(config) else 2)
 
 
 @dataclass(frozen=True)
@@ -162,26 +153,18 @@ def launch(
         or not 2 <= config.x_stages <= MAX_X_STAGES
     ):  # fmt: skip
         return None
-    total = _shared_bytes(problem, config)
+    region = config.stages * problem.slot_bytes(config)
+    before = TABLE_OFFSET - SHARED_RESERVED
+    high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
+    warps = 4 * config.warpgroups
+    low = min(warps, (before - config.barrier_bytes) // region)
+    sums = config.barrier_bytes + warps * config.columns * (TILE_ROWS + 4) * 4
+    total = max(high + (warps - low) * region, sums)
     if total > device.shared_bytes:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
     blocks = _blocks_of_rows(problem, config) * x_tiles * config.splits
     return Launch(blocks, total, config.splits * (2 if gated else 1))
-
-
-def _shared_bytes(problem: Problem, config: Config) -> int:
-    region = config.stages * problem.slot_bytes(config)
-    warps = 4 * config.warpgroups
-    if problem.register_table(config):
-        x_offset, low = SWIZZLE_BYTES * math.ceil(config.barrier_bytes / SWIZZLE_BYTES), 0
-    else:
-        before = TABLE_OFFSET - SHARED_RESERVED
-        x_offset, low = before + TABLE_BYTES, (before - config.barrier_bytes) // region
-    x_bytes = config.k_groups * config.x_stages * problem.x_stage_bytes(config)
-    rings = max(0, warps - low) * region
-    sums = config.barrier_bytes + warps * config.columns * (TILE_ROWS + 4) * 4
-    return max(x_offset + x_bytes + rings, sums)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
@@ -197,8 +180,7 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     else:
         most = IN_FLIGHT // (4 * config.warpgroups * problem.slot_bytes(config))
         wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
-        x_steps = (8, 7, 6, 5, 4, 3, 2) if problem.register_table(config) else (8, 6, 4, 3, 2)
-        x_wanted = (config.x_stages,) if config.x_stages else x_steps
+        x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
         for x_stages in x_wanted:
             full = replace(config, stages=stages, x_stages=x_stages)

@@ -12,11 +12,9 @@
 // they split k. All sums are in a fixed order.
 #pragma once
 
-#include <type_traits>
-
 #include "activation.cuh"
 #include "ahead.cuh"
-#include "sm90_register_products.cuh"
+#include "sm90_products.cuh"
 
 namespace flute {
 
@@ -50,43 +48,13 @@ struct Sm90Params {
   uint32_t row_tiles_inverse;     // see divide
   int stages, early;              // of weights; requested before the previous kernel ends
   int x_stages, x_lag;            // of x; refilled so many k tiles after their use
-  int x_offset;                   // of the first stage of x, behind the table if there is one
+  int x_offset;                   // of the first stage of x, behind the table
   int region_bytes, low_regions;  // rings of the warps below the table, then those
   int high_region;                // behind x, from the start of shared memory
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
   Ahead ahead;
 };
-
-#if FLUTE_HAS_WGMMA
-// The k tiles of one of a warpgroup's 64-row tiles, the table in registers.
-template <typename Shape>
-__device__ __forceinline__ void multiply_row_tile(RegisterProducts<Shape>& products,
-                                                  RecordRing<Shape>& ring, XRing<Shape>& x,
-                                                  int k_tiles, const uint8_t* records, int lane,
-                                                  bool brings_x) {
-  uint32_t slot = 0;
-  int halves[2 * Shape::kDepth], taken = 0;  // stages of x
-  auto record = [&](int i) {
-    if (i == 0) slot = ring.take();
-    return slot + i * Shape::kRecord;
-  };
-  auto decoded = [&] { ring.free(records); };
-  auto take = [&] {
-    halves[taken] = x.take();
-    return x.address(halves[taken++]);
-  };
-  auto release = [&](int half) { x.release(halves[half], lane, brings_x); };
-#pragma unroll 1
-  for (; k_tiles > 0; k_tiles -= Shape::kDepth) {
-    taken = 0;
-    if (k_tiles >= Shape::kDepth)
-      products.template step<Shape::kDepth>(lane, record, decoded, take, release);
-    else
-      products.template step<1>(lane, record, decoded, take, release);
-  }
-}
-#endif
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
@@ -121,8 +89,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int begin = block_begin + (block_length * k_group >> p.k_groups_log2);
   const int k_tiles = block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin;
 
-  // Shared memory: barriers | some warps' rings | table | x, the other rings; with the table in
-  // registers barriers | x | rings. Later partial sums, but never over the barriers.
+  // Shared memory: barriers | some warps' rings | table | x, the other rings. Later partial sums,
+  // but never over the barriers.
   const uint32_t base = shared_address(shared);
   const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
@@ -146,8 +114,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset + k_group * p.x_stages * Shape::kXStage;
   x.map = &x_map, x.stages = p.x_stages, x.lag = p.x_lag;
-  x.column = begin * kTileK, x.row = column0, x.length = k_tiles * (2 / Shape::kXBoxes);
-  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * x.length;
+  x.column = begin * kTileK, x.row = column0, x.length = k_tiles;
+  x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * k_tiles;
   const bool brings_x = row_group == 0 && quarter == 0;
 
   if (lane < p.stages) barrier_init(ring.barrier(lane), 1);
@@ -164,56 +132,48 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // Weights do not depend on the previous kernel. The others follow x, which is needed first.
 #pragma unroll 1
   for (int i = 0; i < p.early; i++) ring.request(p.records, i);
-  const uint8_t* values = p.table + static_cast<int64_t>(block.part) * p.table_bytes;
   TableFill<Shape::kBits, Shape::kThreads> fill;
-  std::conditional_t<Shape::kRegisterTable, RegisterProducts<Shape>, Products<Shape>> products;
-  if constexpr (Shape::kRegisterTable)
-    products.table.load(values);
-  else
-    fill.load(values, p.pair_table);
+  fill.load(p.table + static_cast<int64_t>(block.part) * p.table_bytes, p.pair_table);
   allow_next_launch();
   wait_for_previous_launch();
   if (brings_x) x.start();
 #pragma unroll 1
   for (int i = p.early; i < p.stages; i++) ring.request(p.records, i);
-  if constexpr (!Shape::kRegisterTable) fill.store(table, p.pair_table);
+  fill.store(table, p.pair_table);
   __syncthreads();  // barriers of x, and the table
 
   const Decoder<Shape::kBits> decoder(table, lane);
+  Products<Shape> products;
   T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + first_row;
   const int columns = min(Shape::kColumns, p.m - column0);
   // Nobody else has a share in its sums, or needs them.
   const bool alone = splits == 1 && k_groups == 1 && !p.activation;
   for (int round = 0; round < rounds && rows > 0; round++) {
     if (round == rows) {  // the other warpgroups still share x with this one
-      for (int i = 0; i < x.length; i++) x.release(x.take(), lane, brings_x);
+      for (int i = 0; i < k_tiles; i++) x.release(x.take(), lane, brings_x);
       break;
     }
     // Rows past the block's last tile multiply whatever lies there; nobody reads them.
     products.clear();
-    if constexpr (Shape::kRegisterTable) {
-      multiply_row_tile(products, ring, x, k_tiles, p.records, lane, brings_x);
-    } else {
-      auto free_slot = [&] { ring.free(p.records); };
+    auto free_slot = [&] { ring.free(p.records); };
 #pragma unroll 1
-      for (int step = 0; Shape::kDepth * step < k_tiles; step++) {
-        const int x0 = x.take();
-        if (Shape::kDepth == 2 && 2 * step + 1 < k_tiles) {  // else one k tile
-          const uint32_t slot = ring.take();
-          products.load(slot, lane);
-          products.template tile<0, -1>(
-              x.address(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
-          const int x1 = x.take();
-          products.template tile<1, 0>(
-              x.address(x1), decoder, [&] { x.release(x0, lane, brings_x); }, free_slot);
-          products.template settle<1>();
-          x.release(x1, lane, brings_x);
-        } else {
-          products.load(ring.take(), lane);
-          products.template tile<0, -1>(x.address(x0), decoder, [] {}, free_slot);
-          products.template settle<0>();
-          x.release(x0, lane, brings_x);
-        }
+    for (int step = 0; Shape::kDepth * step < k_tiles; step++) {
+      const int x0 = x.take();
+      if (Shape::kDepth == 2 && 2 * step + 1 < k_tiles) {  // else one k tile
+        const uint32_t slot = ring.take();
+        products.load(slot, lane);
+        products.template tile<0, -1>(
+            x.address(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
+        const int x1 = x.take();
+        products.template tile<1, 0>(
+            x.address(x1), decoder, [&] { x.release(x0, lane, brings_x); }, free_slot);
+        products.template settle<1>();
+        x.release(x1, lane, brings_x);
+      } else {
+        products.load(ring.take(), lane);
+        products.template tile<0, -1>(x.address(x0), decoder, [] {}, free_slot);
+        products.template settle<0>();
+        x.release(x0, lane, brings_x);
       }
     }
     if (alone) {
@@ -233,7 +193,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t partials = base + sm90_barrier_bytes(Shape::kWarpgroups);
   auto partial = [&](int w) { return partials + w * kPartialBytes; };
   __syncthreads();
-  if (row_group < whole) store_sums<kPartialPad>(products.sums, partial(warp), lane);
+  if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
   __syncthreads();
 
   // Four rows of a column at a time. `rank`: this block's share of the work, of `ranks`.

@@ -1,7 +1,6 @@
 // From a problem and a configuration to a launch of sm90_gemm_kernel. Included by the sm90_w*.cu.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 
 #include "errors.h"
@@ -11,34 +10,27 @@
 
 namespace flute {
 
-constexpr int kRegisterColumns = 128;  // with them, single values lie in registers
-
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct Sm90Shared {
   int x_offset, region_bytes, low_regions, high_region, total;
 };
 
-// Barriers | some rings | the table | x and the other rings; with the table in registers barriers |
-// x | the rings. The partial sums come over all that but the barriers.
+// Barriers | some rings | the table | x and the other rings. The partial sums come over all that
+// but the barriers.
 template <typename Shape>
 Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
   constexpr int kWarps = Shape::kWarpgroups * 4;
   const int k_groups = Shape::kWarpgroups / config.row_groups;
-  constexpr int kBarriers = sm90_barrier_bytes(Shape::kWarpgroups);
   Sm90Shared plan;
+  const int before = table_alignment(true) - kSharedReserved;
+  plan.x_offset = before + table_bytes(true);
   plan.region_bytes = config.stages * Shape::kSlot;
-  if (Shape::kRegisterTable) {
-    plan.x_offset = ceil_div(kBarriers, kSwizzleBytes) * kSwizzleBytes;
-    plan.low_regions = 0;
-  } else {
-    const int before = table_alignment(true) - kSharedReserved;
-    plan.x_offset = before + table_bytes(true);
-    plan.low_regions = (before - kBarriers) / plan.region_bytes;
-    if (plan.low_regions > kWarps) plan.low_regions = kWarps;
-  }
   plan.high_region = plan.x_offset + k_groups * config.x_stages * Shape::kXStage;
+  plan.low_regions = (before - sm90_barrier_bytes(Shape::kWarpgroups)) / plan.region_bytes;
+  if (plan.low_regions > kWarps) plan.low_regions = kWarps;
   plan.total = plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
-  const int sums = kBarriers + kWarps * sm90_partial_bytes(Shape::kColumns);
+  const int sums =
+      sm90_barrier_bytes(Shape::kWarpgroups) + kWarps * sm90_partial_bytes(Shape::kColumns);
   if (sums > plan.total) plan.total = sums;
   if (plan.total > limit) plan.total = -1;
   return plan;
@@ -87,8 +79,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.stages = config.stages;
   params.early = config.overlap < config.stages ? config.overlap : config.stages;
   params.x_stages = config.x_stages;
-  params.x_lag = 0;
-  if (groups > 1) params.x_lag = std::min(2 / Shape::kXBoxes, config.x_stages - 2);  // a k tile
+  params.x_lag = groups > 1 && config.x_stages > 2 ? 1 : 0;
   params.x_offset = plan.x_offset, params.region_bytes = plan.region_bytes;
   params.low_regions = plan.low_regions, params.high_region = plan.high_region;
   for (int i = 0; i < matrix.parts; i++)
@@ -121,13 +112,7 @@ int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
   if constexpr (Warpgroups == kPrefillGroups)
     return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(
         matrix, config, m, x, records, table, y, workspace, stream);
-#ifndef FLUTE_NO_REGISTER128
-  if constexpr (Columns == kRegisterColumns)
-    if (!matrix.pair_table)
-      return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Warpgroups, Groups, true>>(
-          matrix, config, m, x, records, table, y, ahead, stream);
-#endif
-  if constexpr (Warpgroups != kPrefillGroups)
+  else
     return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Warpgroups, Groups>>(
         matrix, config, m, x, records, table, y, ahead, stream);
 }

@@ -12,8 +12,9 @@
 
 #include <type_traits>
 
+#include "register_lut.cuh"
 #include "sm90_prefill_sums.cuh"
-#include "sm90_register_products.cuh"
+#include "sm90_products.cuh"
 
 namespace flute {
 
@@ -54,7 +55,6 @@ struct PrefillShape {
   static constexpr int kGroups = Groups_;
   static constexpr int kDepth = 2;  // k tiles of a request of weights
   static constexpr int kStep = 4;   // k tiles of a turn of the main loop
-  static constexpr int kBatch = 4;  // fragments of a product
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kRequest = kDepth * kRecord;
   static constexpr int kSlot = 4 * kRequest;
@@ -179,6 +179,56 @@ __device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBar
     }
   }
 }
+
+// What a warpgroup computes: 64 rows of w by kColumns rows of x.
+template <typename Shape>
+struct WideProducts {
+  using T = typename Shape::T;
+  float sums[Shape::kColumns / 2];
+  uint32_t a[2][4][4];            // decoded halves of a k tile: this one and the one before
+  uint32_t word[Shape::kGroups];  // scales
+  RegisterTable<Shape::kBits> table;
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < Shape::kColumns / 2; i++) sums[i] = 0;
+  }
+
+  // KTiles k tiles, half by half: while one multiplies, the next is decoded. `record(i)` waits for
+  // the codes of k tile i and says where they are, `decoded` gives a request of them back; `take`
+  // waits for the x of the next half and returns its address, `release(i)` gives that of half i
+  // back.
+  template <int KTiles, typename Record, typename Decoded, typename Take, typename Release>
+  __device__ __forceinline__ void step(int lane, Record record, Decoded decoded, Take take,
+                                       Release release) {
+    uint32_t from = 0;
+    for_constants<2 * KTiles>([&](auto constant) {
+      constexpr int unit = decltype(constant)::value, half = unit % 2;
+      if constexpr (half == 0) {
+        from = record(unit / 2);
+        const uint32_t at = from + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
+#pragma unroll
+        for (int i = 0; i < Shape::kGroups; i++) word[i] = load_shared(at + i * 4);
+      }
+      Codes<Shape::kBits> codes;
+      codes.load_half(from, half, lane);
+      wgmma_wait<1>();  // all products are done but the last one
+      if constexpr (unit >= 2) release(unit - 2);
+#pragma unroll
+      for (int f = 0; f < 4; f++) table.decode(a[half][f], codes.nibbles(4 * half + f));
+      apply_scales<T>(a[half], word, 4 * half);
+      if constexpr (half == 1 &&
+                    (unit / 2 % Shape::kDepth == Shape::kDepth - 1 || unit == 2 * KTiles - 1))
+        decoded();
+      multiply_box<T, Shape::kColumns>(sums, a[half], take(), true);
+    });
+    // Products may not be under way across a turn of the loop: ptxas then lets none overlap.
+    wgmma_wait<0>();
+    pin(sums);
+    release(2 * KTiles - 2);
+    release(2 * KTiles - 1);
+  }
+};
 #endif
 
 template <typename Shape>
@@ -223,7 +273,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   }
 
   take_registers<240>();
-  RegisterProducts<Shape> products;
+  WideProducts<Shape> products;
   RingPlace slot(p.slots), stage(p.x_stages);
   int part = -1;
   for (int round = 0;; round++) {

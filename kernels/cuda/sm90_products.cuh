@@ -6,8 +6,7 @@
 
 namespace flute {
 
-template <int Bits_, typename T_, int Columns_, int Warpgroups_, int Groups_,
-          bool RegisterTable_ = false>
+template <int Bits_, typename T_, int Columns_, int Warpgroups_, int Groups_>
 struct Sm90Shape {
   using T = T_;
   static constexpr int kBits = Bits_;
@@ -23,15 +22,10 @@ struct Sm90Shape {
   // clocks whatever its size. With eight warpgroups two requests of two would be too much in
   // flight.
   static constexpr int kDepth = kWarpgroups == 8 ? 1 : 2;
-  // Whether the table lies in registers, as 128 columns want it: there shared memory is the limit,
-  // with 540 to 606 wavefronts for a 64 x 128 tile, of which 128 read the table, while the tensor
-  // cores need 512 clocks. Fragments of a product are then two: with four, registers spill.
-  static constexpr bool kRegisterTable = RegisterTable_;
-  static constexpr int kBatch = 2;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
   static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;  // x of 64 columns
-  static constexpr int kXBoxes = kRegisterTable ? 1 : 2;         // of a stage
+  static constexpr int kXBoxes = 2;                              // of a stage
   static constexpr int kXStage = kXBoxes * kBoxBytes;
   // With few columns and one group, sums of a k tile take fewer multiplications than its weights,
   // but registers for its own sums.
@@ -39,13 +33,13 @@ struct Sm90Shape {
 };
 
 #if FLUTE_HAS_WGMMA
-// Scales fragments first, first + 1, .. of a tile. A word holds the scales of rows g (low half) and
-// g + 8 of a group.
-template <typename T, int Groups, int Count>
-__device__ __forceinline__ void apply_scales(uint32_t (&a)[Count][4],
-                                             const uint32_t (&word)[Groups], int first) {
+// Scales four fragments, first, first + 1, .. of a tile. A word holds the scales of rows g (low
+// half) and g + 8 of a group.
+template <typename T, int Groups>
+__device__ __forceinline__ void apply_scales(uint32_t (&a)[4][4], const uint32_t (&word)[Groups],
+                                             int first) {
 #pragma unroll
-  for (int f = 0; f < Count; f++) {
+  for (int f = 0; f < 4; f++) {
     const uint32_t w = word[(first + f) * Groups / kFragments];
     const uint32_t low = permute_bytes(w, w, 0x1010), high = permute_bytes(w, w, 0x3232);
 #pragma unroll
@@ -53,19 +47,17 @@ __device__ __forceinline__ void apply_scales(uint32_t (&a)[Count][4],
   }
 }
 
-// d += a * x for some fragments, of which `first` is the first of the 64 columns of k at `x`;
-// asynchronous.
-template <typename T, int Columns, int Count>
-__device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (&a)[Count][4],
-                                             uint32_t x, bool accumulate, int first = 0) {
+// d += a * x for 64 columns of k at `x`; asynchronous.
+template <typename T, int Columns>
+__device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (&a)[4][4],
+                                             uint32_t x, bool accumulate) {
   pin(d);
 #pragma unroll
-  for (int f = 0; f < Count; f++) pin(a[f]);
+  for (int f = 0; f < 4; f++) pin(a[f]);
   wgmma_begin();
 #pragma unroll
-  for (int f = 0; f < Count; f++)
-    wgmma<T, Columns>(d, a[f], x_descriptor(x) + (first + f) * kDescriptorStep,
-                      f > 0 || accumulate);
+  for (int f = 0; f < 4; f++)
+    wgmma<T, Columns>(d, a[f], x_descriptor(x) + f * kDescriptorStep, f > 0 || accumulate);
   wgmma_commit();
   pin(d);
 }
@@ -100,17 +92,6 @@ __device__ __forceinline__ void write_sums(const float (&sums)[Count], T* y, int
     for (int j = 0; j < 4; j++)
       if (left > (j & 1) && g + 4 * (j & 2) < rows)
         to[(j & 1) * n + 4 * (j & 2)] = narrow<T>(sums[i + j]);
-  }
-}
-
-// Sums to shared memory as columns of 16 + Pad floats: [row of x][row of w].
-template <int Pad, int Count>
-__device__ __forceinline__ void store_sums(const float (&sums)[Count], uint32_t to, int lane) {
-  const int g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int i = 0; i < Count; i++) {
-    const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
-    store_shared_float(to + (column * (kTileRows + Pad) + row) * 4, sums[i]);
   }
 }
 
@@ -190,6 +171,17 @@ struct Products {
       fold<Unit>();
     } else {
       pin(sums);
+    }
+  }
+
+  // As columns of 16 + Pad floats: [row of x][row of w].
+  template <int Pad>
+  __device__ __forceinline__ void store(uint32_t to, int lane) const {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      const int column = i / 4 * 8 + 2 * t + (i & 1), row = g + 4 * (i & 2);
+      store_shared_float(to + (column * (kTileRows + Pad) + row) * 4, sums[i]);
     }
   }
 };

@@ -15,9 +15,8 @@ namespace flute {
 #define FLUTE_HAS_WGMMA 0
 #endif
 
-constexpr int kSwizzleColumns = 64;  // numbers of k in a swizzled row
-constexpr int kSwizzleRowBytes = kSwizzleColumns * 2;
-constexpr int kSwizzleBytes = 8 * kSwizzleRowBytes;  // 8 rows are one swizzle pattern
+constexpr int kSwizzleColumns = 64;                    // numbers of k in a swizzled row
+constexpr int kSwizzleRowBytes = kSwizzleColumns * 2;  // 8 rows are one swizzle pattern: 1 KiB
 
 #if FLUTE_HAS_WGMMA
 // Matrix descriptors of x, columns [0, 16) of the 64 at `address`, a multiple of 1 KiB: the low
