@@ -55,8 +55,6 @@ const char* flute_error_text(int error) {
       return "launch configuration not possible on this device";
     case flute::kNoTensorMaps:
       return "this driver has no tensor maps: it is older than CUDA 12";
-    case flute::kNoFlags:
-      return "flags for sums that blocks share are used up";
   }
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

@@ -7,7 +7,6 @@ enum Error {
   kBadShape = 10001,      // a shape, dtype, bit width or group size outside the format
   kBadConfig = 10002,     // a launch configuration that this device or problem does not allow
   kNoTensorMaps = 10003,  // the driver does not offer cuTensorMapEncodeTiled
-  kNoFlags = 10004,       // more streams and captures than sum_flags.cu has flags for
 };
 
 }  // namespace flute

@@ -14,38 +14,13 @@
 
 #include "register_lut.cuh"
 #include "sm90_prefill_sums.cuh"
+#include "sm90_prefill_work.cuh"
 #include "sm90_products.cuh"
 
 namespace flute {
 
-constexpr int kPrefillGroups = 2;  // warpgroups that multiply
 constexpr int kPrefillThreads = (kPrefillGroups + 1) * 128;
-constexpr int kPrefillStages = 8;  // at most, of weights and of x
-constexpr int kLeastShare = 4;     // k tiles of a tile of y that a block computes, at least
 constexpr int kPrefillBarrierBytes = 1024;  // x, which follows, is aligned to as much
-
-// What a launch needs; filled by sm90_prefill_launch.cuh.
-struct PrefillParams {
-  const uint8_t* records;
-  const uint8_t* table;
-  void* y;
-  int m, n, k_tiles;
-  int table_bytes;          // of one part
-  int row_tiles;            // 16-row tiles of a block
-  int x_tiles;              // tiles of x, each kColumns rows
-  int side;                 // of them, next to each other in the order of tiles of y
-  int tiles;                // of y
-  int whole;                // of them, computed by one block each; clusters share the others
-  int splits_log2;          // blocks of a cluster
-  bool spread;              // instead: k of the others is divided evenly among all blocks,
-  int each, more;           // `each` k tiles for each block and one more for the first `more`
-  float* partials;          // [blocks][sums of a tile]
-  uint32_t* flags;          // [blocks][kPrefillGroups]: a block's partial sums are there
-  int slots, x_stages;      // of weights, for each warpgroup, and of x
-  int staged_at, slots_at;  // from the start of shared memory
-  int first_block[FLUTE_MAX_PARTS + 1];
-  Parts parts;
-};
 
 template <int Bits_, typename T_, int Columns_, int Groups_>
 struct PrefillShape {
@@ -60,50 +35,6 @@ struct PrefillShape {
   static constexpr int kSlot = 4 * kRequest;
   static constexpr int kXStage = Columns_ * kSwizzleRowBytes;  // 64 columns of k
   static constexpr int kSumsBytes = kPrefillGroups * 64 * Columns_ * 4;
-};
-
-// k tiles before the share of the block at `place`, over all tiles that are spread. No share begins
-// or ends within a few k tiles of a tile's ends, or between the k tiles of a request.
-__device__ __forceinline__ int spread_begin(const PrefillParams& p, int place) {
-  const int at = place * p.each + min(place, p.more), in_tile = at % p.k_tiles;
-  if (in_tile < kLeastShare) return at - in_tile;
-  if (p.k_tiles - in_tile < kLeastShare) return at - in_tile + p.k_tiles;
-  return at - (in_tile & 1);
-}
-
-// What this block does in one round of all blocks: a tile of y, or a share of its k. In the last
-// round, when there are few tiles left, the blocks of a cluster share one, and add up their sums.
-//
-// Blocks that run at once share some rows of x and some of w, so that L2 holds both: `side` tiles
-// of x side by side, then the next rows of w; at last the next tiles of x.
-struct Work {
-  int block, column0;  // rows of w as BlockRows counts them, first row of x
-  int begin, end;      // k tiles
-  bool exists, shared;
-
-  __device__ __forceinline__ Work(const PrefillParams& p, int round, int columns) {
-    int index = round * gridDim.x + blockIdx.x;
-    shared = index >= p.whole && (p.splits_log2 > 0 || p.spread);
-    begin = 0, end = p.k_tiles;
-    if (shared && p.spread) {
-      // Backwards: a block waits for the sums of blocks that the device started before it.
-      const int place = gridDim.x - 1 - blockIdx.x, to = spread_begin(p, place + 1);
-      const int from = spread_begin(p, place), nth = (index - p.whole) / gridDim.x;
-      const int tile = from / p.k_tiles + nth, before = tile * p.k_tiles;
-      begin = max(from - before, 0), end = min(to - before, p.k_tiles);
-      index = begin < end ? p.whole + tile : p.tiles;
-    } else if (shared) {
-      const int rank = blockIdx.x & ((1 << p.splits_log2) - 1);
-      begin = p.k_tiles * rank >> p.splits_log2, end = p.k_tiles * (rank + 1) >> p.splits_log2;
-      index += (blockIdx.x >> p.splits_log2) - blockIdx.x;
-    }
-    exists = index < p.tiles;
-    const int blocks = p.first_block[p.parts.count];
-    const int band = index / (p.side * blocks), first = band * p.side;
-    const int side = min(p.side, p.x_tiles - first), in_band = index - first * blocks;
-    block = in_band / side;
-    column0 = (first + in_band - block * side) * columns;
-  }
 };
 
 #if FLUTE_HAS_WGMMA
@@ -328,26 +259,17 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       write_tile<T>(sums, y + group * 64 + static_cast<int64_t>(first) * p.n, p.n,
                     block.rows - group * 64, columns - first, aligned, staged, group);
     };
-    if (p.spread && work.shared) {
-      const int place = gridDim.x - 1 - blockIdx.x;
-      auto partial = [&](int of) {
-        return p.partials + (of * kPrefillGroups + group) * Shape::kColumns * 64;
-      };
-      auto flag = [&](int of) { return p.flags + of * kPrefillGroups + group; };
+    if (work.spread) {
+      const SpreadSums spread{p, work, group, Shape::kColumns * 64};
       if (work.begin > 0) {
-        give_sums(products.sums, partial(place), flag(place), 1 + group);
+        give_sums(products.sums, spread.sums(work.place), spread.flag(work.place), 1 + group);
         continue;
       }
-      if (work.end < p.k_tiles) {  // the tile's other k tiles are the next places'
-        int left = p.k_tiles - work.end, from = spread_begin(p, place + 1);
-        for (int other = place + 1; left > 0; other++) {
-          const int next = spread_begin(p, other + 1);
-          if (next > from) add_sums(products.sums, partial(other), flag(other), 1 + group);
-          left -= next - from, from = next;
-        }
-      }
+      spread.for_each_other([&](int place) {
+        add_sums(products.sums, spread.sums(place), spread.flag(place), 1 + group);
+      });
     }
-    if (p.spread || !work.shared) {
+    if (!work.shared) {
       write(products.sums, 0);
       continue;
     }

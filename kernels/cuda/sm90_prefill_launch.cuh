@@ -14,25 +14,20 @@ inline int64_t prefill_workspace(const FluteSm90Config& config, int multiprocess
   return int64_t{multiprocessors} * kPrefillGroups * 64 * config.columns * 4;
 }
 
-// k of the tiles that do not fill the device, and of one round that does, is divided evenly among
-// all blocks: of those tiles alone each would be cut in many pieces.
-template <typename Shape>
-int launch_spread(PrefillParams& params, const CUtensorMap& x_map, int shared_bytes,
-                  const FluteSm90Config& config, const DeviceLimits& device, void* workspace,
-                  cudaStream_t stream) {
-  const int blocks = device.multiprocessors, rounds = params.tiles / blocks;
+// Spreads the k of the tiles that fill no round, and of one full round if there is one: of the rest
+// alone each tile would be cut in many pieces. Blocks with the same rows of w stay together where
+// all bands of tiles are equally wide. Returns the blocks of the launch.
+inline int spread(PrefillParams& params, int multiprocessors, float* sums, uint32_t* flags) {
+  const int members = params.x_tiles % params.side == 0 ? params.side : 1;
+  const int places = multiprocessors / members, blocks = places * members;
   params.whole = params.tiles;
-  if (params.tiles % blocks && blocks * kPrefillGroups <= kSumFlags) {
-    params.whole = rounds > 1 ? (rounds - 1) * blocks : 0;
-    const int64_t k_tiles = int64_t{params.tiles - params.whole} * params.k_tiles;
-    params.spread = true;
-    params.each = static_cast<int>(k_tiles / blocks);
-    params.more = static_cast<int>(k_tiles % blocks);
-    params.partials = static_cast<float*>(workspace);
-    if (const int error = sum_flags(device.device, stream, &params.flags)) return error;
-  }
-  return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, shared_bytes, 1,
-                       config.overlap > 0, stream, params, x_map);
+  if (params.tiles % blocks == 0 || flags == nullptr) return blocks;
+  params.whole = params.tiles > blocks ? (params.tiles / blocks - 1) * blocks : 0;
+  const int64_t k_tiles = int64_t{(params.tiles - params.whole) / members} * params.k_tiles;
+  params.members = members, params.sums = sums, params.flags = flags;
+  params.each = static_cast<int>(k_tiles / places);
+  params.more = static_cast<int>(k_tiles % places);
+  return blocks;
 }
 
 template <typename Shape>
@@ -75,8 +70,15 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
-  if (config.splits == 0)
-    return launch_spread<Shape>(params, x_map, total, config, device, workspace, stream);
+  if (config.splits == 0) {
+    uint32_t* flags = nullptr;
+    if (const int error = sum_flags(device.multiprocessors * kPrefillGroups, stream, &flags))
+      return error;
+    const int blocks =
+        spread(params, device.multiprocessors, static_cast<float*>(workspace), flags);
+    return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, total, 1,
+                         config.overlap > 0, stream, params, x_map);
+  }
   // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
   int cluster = config.splits, blocks = device.multiprocessors;
   if (cluster > 1) {

@@ -1,4 +1,4 @@
-// Flags by which the blocks of a launch tell each other that partial sums are in global memory.
+// Flags by which blocks of a launch tell one another that partial sums are in global memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,11 +7,10 @@
 
 namespace flute {
 
-constexpr int kSumFlags = 512;  // of a launch
-
-// The flags for a launch on `stream` of the current device, all 0 and left so when it has ended.
-// Launches that may run at the same time get different ones: every stream has its own, and every
-// capture, as a graph may be replayed on any stream.
-int sum_flags(int device, cudaStream_t stream, uint32_t** flags);
+// `count` flags for a launch on `stream` of the current device: 0 before it, and left so by it.
+// Launches that may run at the same time get different ones, as every stream has its own, and every
+// capture, whose graph may be replayed on any stream. Null where there are no more: the launch must
+// do without, and stderr has said so once. Returns 0 or a CUDA error.
+int sum_flags(int count, cudaStream_t stream, uint32_t** flags);
 
 }  // namespace flute
