@@ -146,7 +146,16 @@ class Library:
         c = Sm90Config(*config)
         size = self.c.flute_sm90_workspace(ctypes.byref(c))
         workspace = torch.empty(size // 4, device="cuda") if size else ctypes.c_void_p(None)
-        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, workspace, layer.ahead())
+        arguments = (
+            ctypes.byref(c),
+            x.shape[0],
+            x,
+            records,
+            layer.table,
+            y,
+            workspace,
+            layer.ahead(),
+        )
         self._call(self.c.flute_sm90_gemm, layer.matrix, *arguments)
         return y
 

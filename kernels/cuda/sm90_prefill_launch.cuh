@@ -14,22 +14,6 @@ inline int64_t prefill_workspace(const FluteSm90Config& config, int multiprocess
   return int64_t{multiprocessors} * kPrefillGroups * 64 * config.columns * 4;
 }
 
-// Spreads the k of the tiles that fill no round, and of one full round if there is one: of the rest
-// alone each tile would be cut in many pieces. Blocks with the same rows of w stay together where
-// all bands of tiles are equally wide. Returns the blocks of the launch.
-inline int spread(PrefillParams& params, int multiprocessors, float* sums, uint32_t* flags) {
-  const int members = params.x_tiles % params.side == 0 ? params.side : 1;
-  const int places = multiprocessors / members, blocks = places * members;
-  params.whole = params.tiles;
-  if (params.tiles % blocks == 0 || flags == nullptr) return blocks;
-  params.whole = params.tiles > blocks ? (params.tiles / blocks - 1) * blocks : 0;
-  const int64_t k_tiles = int64_t{(params.tiles - params.whole) / members} * params.k_tiles;
-  params.members = members, params.sums = sums, params.flags = flags;
-  params.each = static_cast<int>(k_tiles / places);
-  params.more = static_cast<int>(k_tiles % places);
-  return blocks;
-}
-
 template <typename Shape>
 int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& config, int m,
                          const void* x, const void* records, const void* table, void* y,

@@ -8,7 +8,7 @@
 // what the others leave in global memory.
 #pragma once
 
-#include "ring.cuh"
+#include "layout.cuh"
 
 namespace flute {
 
@@ -39,6 +39,22 @@ struct PrefillParams {
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
 };
+
+// Spreads the k of the tiles that fill no round, and of one full round if there is one: of the rest
+// alone each tile would be cut in many pieces. Blocks with the same rows of w stay together where
+// all bands of tiles are equally wide. Returns the blocks of the launch.
+inline int spread(PrefillParams& params, int multiprocessors, float* sums, uint32_t* flags) {
+  const int members = params.x_tiles % params.side == 0 ? params.side : 1;
+  const int places = multiprocessors / members, blocks = places * members;
+  params.whole = params.tiles;
+  if (params.tiles % blocks == 0 || flags == nullptr) return blocks;
+  params.whole = params.tiles > blocks ? (params.tiles / blocks - 1) * blocks : 0;
+  const int64_t k_tiles = int64_t{(params.tiles - params.whole) / members} * params.k_tiles;
+  params.members = members, params.sums = sums, params.flags = flags;
+  params.each = static_cast<int>(k_tiles / places);
+  params.more = static_cast<int>(k_tiles % places);
+  return blocks;
+}
 
 // k tiles before the share of `place`, over all tiles that are spread. No share begins or ends
 // within a few k tiles of a tile's ends, or between the k tiles of a request.
@@ -78,7 +94,8 @@ struct Work {
       begin = p.k_tiles * rank >> p.splits_log2, end = p.k_tiles * (rank + 1) >> p.splits_log2;
       index += (blockIdx.x >> p.splits_log2) - blockIdx.x;
     }
-    exists = index < p.tiles;
+    exists = index < p.tiles, block = column0 = 0;
+    if (!exists) return;
     const int blocks = p.first_block[p.parts.count];
     const int band = index / (p.side * blocks), first = band * p.side;
     const int side = min(p.side, p.x_tiles - first), in_band = index - first * blocks;
