@@ -1,7 +1,8 @@
 """compute-sanitizer over our CUDA kernels, one launch configuration in each process.
 
     python benchmarks/sanitize.py LIBRARY [--tools memcheck,racecheck,synccheck,initcheck]
-        [--kernels sm90,prefill] [--jobs 12] [--budget-s 420] [--out benchmarks/results/h200/sanitizer.json]
+        [--kernels sm90,prefill] [--jobs 12] [--budget-s 420]
+        [--out benchmarks/results/h200/sanitizer.json]
 
 On long runs racecheck and synccheck overflow their table of barriers and then report hazards that
 are not there, so every case starts afresh (``sanitize_case.py``) and says how many barriers a block
