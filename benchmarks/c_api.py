@@ -44,5 +44,7 @@ def open_library(path: str) -> ctypes.CDLL:
     library.flute_record_words.restype = ctypes.c_int64
     if hasattr(library, "flute_tile_workspace"):  # a library of some of the kernels has none
         library.flute_tile_workspace.restype = ctypes.c_int64
+    if hasattr(library, "flute_sm90_workspace"):
+        library.flute_sm90_workspace.restype = ctypes.c_int64
     library.flute_error_text.restype = ctypes.c_char_p
     return library

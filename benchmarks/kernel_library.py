@@ -144,7 +144,18 @@ class Library:
     ) -> torch.Tensor:
         records = layer.records if records is None else records
         c = Sm90Config(*config)
-        arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, layer.ahead())
+        size = self.c.flute_sm90_workspace(ctypes.byref(c))
+        workspace = torch.empty(size // 4, device="cuda") if size else ctypes.c_void_p(None)
+        arguments = (
+            ctypes.byref(c),
+            x.shape[0],
+            x,
+            records,
+            layer.table,
+            y,
+            workspace,
+            layer.ahead(),
+        )
         self._call(self.c.flute_sm90_gemm, layer.matrix, *arguments)
         return y
 

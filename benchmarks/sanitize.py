@@ -1,7 +1,8 @@
 """compute-sanitizer over our CUDA kernels, one launch configuration in each process.
 
     python benchmarks/sanitize.py LIBRARY [--tools memcheck,racecheck,synccheck,initcheck]
-        [--jobs 12] [--budget-s 420] [--out benchmarks/results/h200/sanitizer.json]
+        [--kernels sm90,prefill] [--jobs 12] [--budget-s 420]
+        [--out benchmarks/results/h200/sanitizer.json]
 
 On long runs racecheck and synccheck overflow their table of barriers and then report hazards that
 are not there, so every case starts afresh (``sanitize_case.py``) and says how many barriers a block
@@ -34,7 +35,7 @@ from sanitize_case import NAN_LEFT, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sanitize_cases import barriers, cases  # noqa: E402
+from sanitize_cases import KERNELS, barriers, cases  # noqa: E402
 
 from flute_vllm.errors import FluteError  # noqa: E402
 
@@ -214,6 +215,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 4))
     parser.add_argument("--budget-s", type=float, default=420)
+    parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--cases", type=int, default=0, help="only the first so many; 0: all")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/h200/sanitizer.json")
@@ -244,7 +246,8 @@ def main() -> int:
         "command": "python " + " ".join(sys.argv), "tools": {},
     }  # fmt: skip
     tools = arguments.tools.split(",")
-    wanted = list(cases())[: arguments.cases or None]
+    kernels = arguments.kernels.split(",")
+    wanted = [c for c in cases() if c.kind in kernels][: arguments.cases or None]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for done, summaries in enumerate(runner.run_all(tools, wanted), start=1):
         result["tools"] = summaries

@@ -170,8 +170,11 @@ def run(library, case: Case, gpu: Gpu) -> int:
             launch, last = library.flute_tile, gpu.empty(size) if size else None
         else:
             ahead = Ahead(records, words * 4, case.ahead)
-            launch = library.flute_decode if case.kind == "decode" else library.flute_sm90_gemm
-            last = ctypes.byref(ahead) if case.ahead else None
+            launch, last = library.flute_decode, ctypes.byref(ahead) if case.ahead else None
+            if case.kind != "decode":
+                size = library.flute_sm90_workspace(config)
+                launch, workspace = library.flute_sm90_gemm, gpu.empty(size) if size else None
+                arguments = (*arguments, workspace)
         gpu.synchronize()  # with overlap a launch reads records before earlier kernels have ended
         for _ in range(case.launches):
             check(launch(at, *arguments, last, None))

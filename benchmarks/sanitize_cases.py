@@ -95,6 +95,10 @@ def first_cases() -> Iterator[Case]:
     yield from found("prefill", 1147, (192, 2, 8, 2, 4), n=2939, k=544)
     yield from found("prefill", 1147, (192, 2, 8, 2, 1), n=2939, k=256)
     yield from found("prefill", 200, (256, 2, 8, 2, 4), k=128)
+    # k spread over all blocks: less than a round of tiles, and more; two launches with one set of
+    # flags.
+    yield from found("prefill", 300, (256, 2, 8, 2, 0), n=1000, k=2048, launches=2)
+    yield from found("prefill", 1147, (192, 2, 8, 2, 0), n=2939, k=1056)
     yield from found("sm90", 9, (16, 8, 4, 1, 8), k=128)
 
 
@@ -169,7 +173,7 @@ def prefill_cases() -> Iterator[Case]:
     return in_turn(
         *[
             formats.launched(
-                rows[columns], [(columns, 2, 8, 2, splits) for splits in (1, 2, 4, 2)], stages
+                rows[columns], [(columns, 2, 8, 2, splits) for splits in (1, 2, 4, 0)], stages
             )
             for columns in tuning.sm90.PREFILL_COLUMNS
         ]

@@ -220,8 +220,9 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
     }
     case kSm90: {
       const FluteSm90Config config = {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
-      error =
-          flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to, &ahead, stream);
+      const Tensor workspace = ts::new_empty(qweight, {flute_sm90_workspace(&config) / 4});
+      error = flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to,
+                              workspace.mutable_data_ptr(), &ahead, stream);
       break;
     }
     case kTile: {

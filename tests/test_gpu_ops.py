@@ -89,6 +89,40 @@ def test_captured_graph_repeats_the_bits_on_two_streams():
         assert torch.equal(y, expected)
 
 
+def test_sums_spread_over_blocks_are_the_same_on_two_streams_at_once():
+    """In graphs, whose first call is inside the capture, and eagerly; 200 times."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    *arguments, plan = internal(make_problem((2560,), 2048, 4, 128))
+    config = tuning.sm90.Config(256, 2, 8, 2, tuning.sm90.SPREAD, 2, 5, 1)
+    spread = tuning.Entry(0, tuning.SM90, config.numbers).numbers
+    x = make_x(300, 2048).cuda()
+    whole = torch.ops.flute.gemm(x, *arguments, plan)
+    graphs, outputs, streams = [], [], [torch.cuda.Stream() for _ in range(4)]
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                y = torch.ops.flute.gemm(x, *arguments, spread)
+        graphs.append(graph)
+        outputs.append(y)
+    expected = torch.ops.flute.gemm(x, *arguments, spread)
+    assert relative_error(expected, whole.double()) < 0.01
+    for _ in range(200):
+        for y in outputs:
+            y.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for stream in streams[2:]:
+            with torch.cuda.stream(stream):
+                outputs.append(torch.ops.flute.gemm(x, *arguments, spread))
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in outputs)
+        del outputs[2:]
+
+
 def plan_of_one_kernel(arguments: tuple, m: int, kernel: int) -> tuple:
     """``internal``'s arguments with only the entry for m rows, which must be of this kernel."""
     if kernel == tuning.SM90 and torch.cuda.get_device_capability() != (9, 0):

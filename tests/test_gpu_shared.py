@@ -39,6 +39,7 @@ LAUNCHES = {
     "both": (257, tuning.SM90, (16, 8, 1, 4, 4, 2, 4, 4)),
     "none": (257, tuning.SM90, (16, 4, 4, 4, 1, 2, 4, 0)),
     "prefill": (2048, tuning.SM90, (256, 2, 8, 2, 1, 2, 5, 0)),
+    "spread": (300, tuning.SM90, (192, 2, 8, 2, 0, 2, 5, 0)),
     "decode": (16, tuning.DECODE, (1, 1, 2, 3, 16, 0)),
     "small decode": (8, tuning.DECODE, (1, 1, 2, 3, 8, 0)),
     "torch": (2048, None, ()),

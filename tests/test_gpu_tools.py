@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from flute_vllm import ops
 from flute_vllm.cli import app
 from flute_vllm.format import LayerSpec
-from flute_vllm.tools import bench, doctor, peers
+from flute_vllm.tools import bench, peers
 from flute_vllm.tools.layers import LinearLayer
+from flute_vllm.tuning.images import code_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,4 +62,5 @@ def test_doctor_finds_the_gpu_and_its_code():
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
     assert found["gpus"][0]["name"] == torch.cuda.get_device_name(0)
     if ops.has_cuda_kernels():
-        assert doctor.can_run(found["gpus"][0]["capability"], found["extension"]["architectures"])
+        capability = found["gpus"][0]["capability"]
+        assert code_for(capability, found["extension"]["architectures"]) is not None

@@ -153,6 +153,19 @@ def test_last_round_is_shared_only_where_each_tile_finds_a_cluster(m):
     assert launch.blocks == (132 if tiles >= 132 else tiles * launch.cluster)
 
 
+def test_spread_launches_fill_the_device_and_name_their_workspace():
+    problem = sm90.Problem(10240, 8192, 256, 4, 128)
+    config = sm90.complete(problem, sm90.Config(256, 2, 8, 2, sm90.SPREAD), tuning.H200)
+    launch = sm90.launch(problem, config, tuning.H200)
+    assert (launch.blocks, launch.cluster) == (132, 1)
+    assert launch.workspace_bytes == 132 * 128 * 256 * 4  # 17 MB, fp32 sums of a block's tile
+    assert sm90.launch(problem, sm90.Config(128, 4, 8, 4, sm90.SPREAD, 2, 2), tuning.H200) is None
+    # 80 tiles leave multiprocessors idle, 132 do not.
+    for n, worth in ((10240, True), (132 * 128, False)):
+        found = set(sm90.candidates(sm90.Problem(n, 8192, 256, 4, 128), tuning.H200))
+        assert worth == any(c.columns == 256 and c.splits == sm90.SPREAD for c in found)
+
+
 def test_pair_tables_never_get_the_prefill_kernel():
     found = tuning.entries(4096, 4096, 4, 128, (4096,), tuning.H200, pair=True, environment={})
     hopper = [e for e in found if e.kernel == tuning.SM90]

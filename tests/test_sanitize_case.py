@@ -105,9 +105,12 @@ int flute_decode(const int32_t* m, const int32_t* c, int32_t rows, const void* x
                  const void* t, void* y, const Ahead* a, void* stream) {
   return with_ahead(a, launch("decode", 6, m, c, rows, x, r, t, y, stream));
 }
+int64_t flute_sm90_workspace(const int32_t* c) { return c[4] ? 0 : 4096; }
 int flute_sm90_gemm(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
-                    const void* t, void* y, const Ahead* a, void* stream) {
-  return with_ahead(a, launch("sm90_gemm", 8, m, c, rows, x, r, t, y, stream));
+                    const void* t, void* y, void* workspace, const Ahead* a, void* stream) {
+  const int error = launch("sm90_gemm", 8, m, c, rows, x, r, t, y, stream);
+  if (workspace) memset(workspace, 0, flute_sm90_workspace(c));
+  return with_ahead(a, error);
 }
 int64_t flute_tile_workspace(const int32_t* m, const int32_t* c, int32_t rows) {
   return c[1] > 1 ? (int64_t)c[1] * rows * m[0] * 4 : 0;

@@ -175,3 +175,8 @@ def test_emulated_kernel_agrees_with_plain_loops(tmp_path):
 @needs_compiler
 def test_table_in_registers_decodes_every_code(tmp_path):
     run_emulated(tmp_path, ["layout", "register_lut"], "register_lut")
+
+
+@needs_compiler
+def test_spread_k_is_computed_once_and_every_partial_sum_is_taken(tmp_path):
+    run_emulated(tmp_path, ["layout", "sm90_prefill_work"], "prefill_work")

@@ -65,6 +65,28 @@ def test_the_fastest_wins_and_the_decode_kernel_only_clearly():
     assert tune.best_of([a, b, c], lambda entry, _: times[entry]) == (c, 7.0)
 
 
+@pytest.mark.parametrize("m", [tune.FEW_ROWS, 16, 128, 512])
+def test_the_launch_that_runs_now_is_always_a_candidate(m):
+    few = tune.candidates(LAYER, m, tuning.H200, 1)
+    plan = tuning.entries(LAYER.n, LAYER.k, 4, 128, LAYER.parts, tuning.H200, overlap=1)
+    current = tuning.entry_of(plan, m)
+    found = tune.with_current(few, LAYER, m, tuning.H200)
+    assert found[: len(few)] == few
+    assert (current.kernel, current.config) in {(e.kernel, e.config) for e in found}
+    assert tune.with_current(found, LAYER, m, tuning.H200) == found
+
+
+def test_of_several_passes_the_last_counts_and_only_finalists_are_timed_carefully():
+    a, b, c = (Entry(128, SM90, (i,)) for i in range(3))
+    careful = {a: iter((5.0, 9.0)), b: iter((6.0, 8.0))}
+    quick = {a: 1.0, b: 2.0, c: 3.0}
+
+    def time_us(entry, is_careful):
+        return next(careful[entry]) if is_careful else quick[entry]
+
+    assert tune.best_of([a, b, c], time_us, finalists=2, passes=2) == (b, 8.0)
+
+
 def test_the_file_is_replaced_whole(tmp_path):
     path = tmp_path / "gpu.json"
     tune.write(path, {"sm90": {"1,2,3,4": [2]}})

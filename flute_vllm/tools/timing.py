@@ -54,26 +54,48 @@ def calls_in_graph(functions: int, one_us: float) -> int:
     return functions * max(1, round(GRAPH_US / (one_us * functions)))
 
 
+class CallGraph:
+    """Calls of some functions in turn, inside one CUDA graph that lasts about GRAPH_US."""
+
+    def __init__(self, functions: Sequence[Callable], estimate_us: float = 0.0) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # first calls may compile, tune or allocate
+            for function in functions[:2]:
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        # Launched one by one, a small kernel seems longer than it is in a graph.
+        one_us = estimate_us or event_us(functions[0], 2)
+        self.calls = calls_in_graph(len(functions), max(one_us, 1.0))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for i in range(self.calls):
+                functions[i % len(functions)]()
+        for _ in range(4):  # the first replays over fresh memory are up to 15 % slower
+            self._graph.replay()
+        torch.cuda.synchronize()
+
+    def median_us(self, replays: int) -> float:
+        """Of a call."""
+        times = (event_us(self._graph.replay) / self.calls for _ in range(replays))
+        return statistics.median(times)
+
+    def busy_us(self, milliseconds: float) -> float:
+        """Mean time of a call in the second half of so many milliseconds without a pause.
+
+        A server keeps the GPU as busy. Where that takes all the power that the GPU may use, its
+        clock falls, and of two launches the one that needs less energy wins.
+        """
+        half = math.ceil(milliseconds * 500 / event_us(self._graph.replay))
+        for _ in range(half):
+            self._graph.replay()
+        return event_us(self._graph.replay, half) / self.calls
+
+
 def graph_us(functions: Sequence[Callable], replays: int, *, estimate_us: float = 0.0) -> float:
     """Median time of a call, the functions called in turn inside one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # first calls may compile, tune or allocate
-        for function in functions[:2]:
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    # Launched one by one, a small kernel seems longer than it is in a graph.
-    one_us = estimate_us or event_us(functions[0], 2)
-    calls = calls_in_graph(len(functions), max(one_us, 1.0))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            functions[i % len(functions)]()
-    for _ in range(4):  # the first replays over fresh memory are up to 15 % slower
-        graph.replay()
-    torch.cuda.synchronize()
-    return statistics.median(event_us(graph.replay) / calls for _ in range(replays))
+    return CallGraph(functions, estimate_us).median_us(replays)
 
 
 def roofline() -> dict[str, float]:

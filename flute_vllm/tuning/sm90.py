@@ -26,6 +26,7 @@ TABLE_BYTES = TABLE_OFFSET = 65536
 PREFILL_STAGES = 8  # of weights and of x, at most
 PREFILL_BARRIER_BYTES = 1024
 PREFILL_STAGED_BYTES = 2 * 32 * 144  # sums of a warpgroup on their way out
+SPREAD = 0  # splits: k of the tiles that fill no round is divided evenly among all blocks
 IN_FLIGHT = 70_000  # bytes of weights; more gains nothing, from 110,000 on it costs bandwidth
 
 
@@ -40,8 +41,9 @@ class Problem(ProblemBase):
 @dataclass(frozen=True)
 class Config:
     """``FluteSm90Config``, field by field. In the prefill kernel ``splits`` are the blocks that
-    share a tile of y in the last round, ``stages`` the requests of weights, ``x_stages`` halves of
-    a k tile of x; ``warpgroups`` are the 2 that multiply, and ``row_groups`` 2."""
+    share a tile of y in the last round, or SPREAD, ``stages`` the requests of weights,
+    ``x_stages`` halves of a k tile of x; ``warpgroups`` are the 2 that multiply, and
+    ``row_groups`` 2."""
 
     columns: int
     warpgroups: int
@@ -88,6 +90,7 @@ class Launch:
     blocks: int
     shared_bytes: int
     cluster: int
+    workspace_bytes: int = 0
 
 
 def _blocks_of_rows(problem: Problem, config: Config) -> int:
@@ -98,18 +101,20 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
     x_bytes = config.x_stages * config.columns * TILE_K
     rings = 4 * config.stages * problem.slot_bytes(config)
     total = PREFILL_BARRIER_BYTES + x_bytes + PREFILL_GROUPS * (PREFILL_STAGED_BYTES + rings)
-    sums = PREFILL_GROUPS * 64 * config.columns * 4
+    sums = PREFILL_GROUPS * 64 * config.columns * 4  # bytes of a block's
     if (
         problem.pair
         or config.row_tiles != PREFILL_TILES
         or config.row_groups != PREFILL_GROUPS
-        or config.splits not in (1, 2, 4)
+        or config.splits not in (SPREAD, 1, 2, 4)
         or not 1 <= config.stages <= PREFILL_STAGES
         or not 3 <= config.x_stages <= PREFILL_STAGES
         or (config.splits > 1 and sums > x_bytes)
         or total > device.shared_bytes
     ):
         return None
+    if config.splits == SPREAD:
+        return Launch(device.multiprocessors, total, 1, device.multiprocessors * sums)
     whole, left, cluster = _prefill_rounds(problem, config, device)
     blocks = device.blocks_at_once(cluster)
     return Launch(blocks if whole else min(blocks, left * cluster), total, cluster)
@@ -118,7 +123,7 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
 def _prefill_rounds(problem: Problem, config: Config, device: Device) -> tuple[int, int, int]:
     """Rounds of all blocks, tiles of y left for the last one, blocks that share one of these."""
     tiles = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
-    for cluster in (config.splits, 1):
+    for cluster in (max(1, config.splits), 1):
         whole, left = divmod(tiles, device.blocks_at_once(cluster))
         if cluster > 1 and 0 < left <= device.blocks_at_once(cluster) // cluster:
             break
@@ -188,9 +193,10 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     """Configs worth a look, incomplete: blocks that fill the device a whole number of times."""
     tiles = sum(problem.part_tiles)
     if problem.m > 128:
-        for columns, splits in itertools.product(PREFILL_COLUMNS, (1, 2, 4)):
+        for columns, splits in itertools.product(PREFILL_COLUMNS, (SPREAD, 1, 2, 4)):
             config = Config(columns, PREFILL_GROUPS, PREFILL_TILES, PREFILL_GROUPS, splits)
-            if splits in (1, _prefill_rounds(problem, config, device)[2]):
+            _, left, cluster = _prefill_rounds(problem, config, device)
+            if (left > 0) if splits == SPREAD else splits in (1, cluster):
                 yield config
     fitting = [c for c in COLUMNS if c < 2 * problem.m] or [COLUMNS[0]]
     for columns in fitting[-2:]:
@@ -228,6 +234,8 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     if config.prefill:
         whole, left, cluster = _prefill_rounds(problem, config, device)
         tile = problem.k_tiles * (900 + 5 * config.columns) + 3000
+        if config.splits == SPREAD:
+            return (whole + left / device.multiprocessors) * tile + 20000
         return (whole + (left > 0) / cluster) * tile + 6000 + (6000 if cluster > 1 else 0)
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))

@@ -24,19 +24,25 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
   return flute::kBadShape;
 }
 
+int64_t flute_sm90_workspace(const FluteSm90Config* config) {
+  flute::DeviceLimits device;
+  if (config->splits != 0 || device.load()) return 0;
+  return flute::prefill_workspace(*config, device.multiprocessors);
+}
+
 int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
-                    const void* x, const void* records, const void* table, void* y,
+                    const void* x, const void* records, const void* table, void* y, void* workspace,
                     const FluteAhead* ahead, void* stream) {
   if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(*matrix, x, table))
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {
     case 4:
-      return flute::sm90_w4(*matrix, *config, m, x, records, table, y, ahead, s);
+      return flute::sm90_w4(*matrix, *config, m, x, records, table, y, workspace, ahead, s);
     case 3:
-      return flute::sm90_w3(*matrix, *config, m, x, records, table, y, ahead, s);
+      return flute::sm90_w3(*matrix, *config, m, x, records, table, y, workspace, ahead, s);
     case 2:
-      return flute::sm90_w2(*matrix, *config, m, x, records, table, y, ahead, s);
+      return flute::sm90_w2(*matrix, *config, m, x, records, table, y, workspace, ahead, s);
   }
   return flute::kBadShape;
 }

@@ -99,9 +99,9 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
 }
 
 // One function for each bit width, each in a file of its own so that they build side by side.
-#define FLUTE_SM90_ARGUMENTS                                                      \
-  const FluteMatrix &matrix, const FluteSm90Config &config, int m, const void *x, \
-      const void *records, const void *table, void *y, const FluteAhead *ahead,   \
+#define FLUTE_SM90_ARGUMENTS                                                                     \
+  const FluteMatrix &matrix, const FluteSm90Config &config, int m, const void *x,                \
+      const void *records, const void *table, void *y, void *workspace, const FluteAhead *ahead, \
       cudaStream_t stream
 int sm90_w4(FLUTE_SM90_ARGUMENTS);
 int sm90_w3(FLUTE_SM90_ARGUMENTS);
@@ -110,8 +110,8 @@ int sm90_w2(FLUTE_SM90_ARGUMENTS);
 template <int Bits, typename T, int Columns, int Warpgroups, int Groups>
 int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
   if constexpr (Warpgroups == kPrefillGroups)
-    return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(matrix, config, m, x,
-                                                                        records, table, y, stream);
+    return launch_prefill_shape<PrefillShape<Bits, T, Columns, Groups>>(
+        matrix, config, m, x, records, table, y, workspace, stream);
   else
     return launch_sm90_shape<Sm90Shape<Bits, T, Columns, Warpgroups, Groups>>(
         matrix, config, m, x, records, table, y, ahead, stream);
@@ -119,10 +119,10 @@ int launch_sm90_kernel(FLUTE_SM90_ARGUMENTS) {
 
 template <int Bits, typename T, int Columns, int Warpgroups>
 int launch_sm90_groups(FLUTE_SM90_ARGUMENTS) {
-#define FLUTE_CASE(GROUPS)                                                                         \
-  case GROUPS:                                                                                     \
-    return launch_sm90_kernel<Bits, T, Columns, Warpgroups, GROUPS>(matrix, config, m, x, records, \
-                                                                    table, y, ahead, stream)
+#define FLUTE_CASE(GROUPS)                                           \
+  case GROUPS:                                                       \
+    return launch_sm90_kernel<Bits, T, Columns, Warpgroups, GROUPS>( \
+        matrix, config, m, x, records, table, y, workspace, ahead, stream)
   switch (groups_in_tile(matrix.group_size)) {
     FLUTE_CASE(1);
 #ifndef FLUTE_FEW_SHAPES  // for quick builds while developing: bf16, groups of 128
@@ -139,7 +139,7 @@ int launch_sm90_block(FLUTE_SM90_ARGUMENTS) {
 #define FLUTE_CASE(COLUMNS, WARPGROUPS)                                                            \
   if (config.columns == COLUMNS && config.warpgroups == WARPGROUPS)                                \
   return launch_sm90_groups<Bits, T, COLUMNS, WARPGROUPS>(matrix, config, m, x, records, table, y, \
-                                                          ahead, stream)
+                                                          workspace, ahead, stream)
   FLUTE_CASE(16, 8);
   FLUTE_CASE(16, 4);
   FLUTE_CASE(32, 8);
@@ -156,10 +156,11 @@ template <int Bits>
 int launch_sm90_bits(FLUTE_SM90_ARGUMENTS) {
 #ifndef FLUTE_FEW_SHAPES
   if (matrix.dtype == FLUTE_FLOAT16)
-    return launch_sm90_block<Bits, __half>(matrix, config, m, x, records, table, y, ahead, stream);
+    return launch_sm90_block<Bits, __half>(matrix, config, m, x, records, table, y, workspace,
+                                           ahead, stream);
 #endif
-  return launch_sm90_block<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, ahead,
-                                                stream);
+  return launch_sm90_block<Bits, __nv_bfloat16>(matrix, config, m, x, records, table, y, workspace,
+                                                ahead, stream);
 }
 
 }  // namespace flute

@@ -14,33 +14,13 @@
 
 #include "register_lut.cuh"
 #include "sm90_prefill_sums.cuh"
+#include "sm90_prefill_work.cuh"
 #include "sm90_products.cuh"
 
 namespace flute {
 
-constexpr int kPrefillGroups = 2;  // warpgroups that multiply
 constexpr int kPrefillThreads = (kPrefillGroups + 1) * 128;
-constexpr int kPrefillStages = 8;           // at most, of weights and of x
 constexpr int kPrefillBarrierBytes = 1024;  // x, which follows, is aligned to as much
-
-// What a launch needs; filled by sm90_prefill_launch.cuh.
-struct PrefillParams {
-  const uint8_t* records;
-  const uint8_t* table;
-  void* y;
-  int m, n, k_tiles;
-  int table_bytes;          // of one part
-  int row_tiles;            // 16-row tiles of a block
-  int x_tiles;              // tiles of x, each kColumns rows
-  int side;                 // of them, next to each other in the order of tiles of y
-  int tiles;                // of y
-  int whole;                // of them, computed by one block each; clusters share the others
-  int splits_log2;          // blocks of a cluster
-  int slots, x_stages;      // of weights, for each warpgroup, and of x
-  int staged_at, slots_at;  // from the start of shared memory
-  int first_block[FLUTE_MAX_PARTS + 1];
-  Parts parts;
-};
 
 template <int Bits_, typename T_, int Columns_, int Groups_>
 struct PrefillShape {
@@ -55,34 +35,6 @@ struct PrefillShape {
   static constexpr int kSlot = 4 * kRequest;
   static constexpr int kXStage = Columns_ * kSwizzleRowBytes;  // 64 columns of k
   static constexpr int kSumsBytes = kPrefillGroups * 64 * Columns_ * 4;
-};
-
-// What this block does in one round of all blocks: a tile of y, or a share of its k. In the last
-// round, when there are few tiles left, the blocks of a cluster share one, and add up their sums.
-//
-// Blocks that run at once share some rows of x and some of w, so that L2 holds both: `side` tiles
-// of x side by side, then the next rows of w; at last the next tiles of x.
-struct Work {
-  int block, column0;  // rows of w as BlockRows counts them, first row of x
-  int begin, end;      // k tiles
-  bool exists, shared;
-
-  __device__ __forceinline__ Work(const PrefillParams& p, int round, int columns) {
-    int index = round * gridDim.x + blockIdx.x;
-    shared = p.splits_log2 > 0 && index >= p.whole;
-    begin = 0, end = p.k_tiles;
-    if (shared) {
-      const int rank = blockIdx.x & ((1 << p.splits_log2) - 1);
-      begin = p.k_tiles * rank >> p.splits_log2, end = p.k_tiles * (rank + 1) >> p.splits_log2;
-      index += (blockIdx.x >> p.splits_log2) - blockIdx.x;
-    }
-    exists = index < p.tiles;
-    const int blocks = p.first_block[p.parts.count];
-    const int band = index / (p.side * blocks), first = band * p.side;
-    const int side = min(p.side, p.x_tiles - first), in_band = index - first * blocks;
-    block = in_band / side;
-    column0 = (first + in_band - block * side) * columns;
-  }
 };
 
 #if FLUTE_HAS_WGMMA
@@ -307,6 +259,16 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       write_tile<T>(sums, y + group * 64 + static_cast<int64_t>(first) * p.n, p.n,
                     block.rows - group * 64, columns - first, aligned, staged, group);
     };
+    if (work.spread) {
+      const SpreadSums spread{p, work, group, Shape::kColumns * 64};
+      if (work.begin > 0) {
+        give_sums(products.sums, spread.sums(work.place), spread.flag(work.place), 1 + group);
+        continue;
+      }
+      spread.for_each_other([&](int place) {
+        add_sums(products.sums, spread.sums(place), spread.flag(place), 1 + group);
+      });
+    }
     if (!work.shared) {
       write(products.sums, 0);
       continue;

@@ -3,15 +3,21 @@
 
 #include "launch_common.cuh"
 #include "sm90_prefill.cuh"
+#include "sum_flags.h"
 
 namespace flute {
 
 constexpr int kPrefillSide = 8;  // tiles of x side by side, at most
 
+// Bytes of the partial sums of a launch that spreads k.
+inline int64_t prefill_workspace(const FluteSm90Config& config, int multiprocessors) {
+  return int64_t{multiprocessors} * kPrefillGroups * 64 * config.columns * 4;
+}
+
 template <typename Shape>
 int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& config, int m,
                          const void* x, const void* records, const void* table, void* y,
-                         cudaStream_t stream) {
+                         void* workspace, cudaStream_t stream) {
   DeviceLimits device;
   if (const int error = device.load()) return error;
   static std::atomic<int> prepared[kMaxDevices];
@@ -23,7 +29,7 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   params.slots_at = params.staged_at + kPrefillGroups * kStagedBytes;
   const int total = params.slots_at + kPrefillGroups * config.stages * Shape::kSlot;
   if (config.row_tiles != 4 * kPrefillGroups || config.row_groups != kPrefillGroups ||
-      (config.splits != 1 && config.splits != 2 && config.splits != 4) || config.stages < 1 ||
+      config.splits < 0 || config.splits > 4 || config.splits == 3 || config.stages < 1 ||
       config.stages > kPrefillStages || config.x_stages < 3 || config.x_stages > kPrefillStages ||
       total > device.shared_limit || matrix.pair_table || matrix.activation ||
       (config.splits > 1 && config.x_stages * Shape::kXStage < Shape::kSumsBytes))
@@ -48,6 +54,15 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
+  if (config.splits == 0) {
+    uint32_t* flags = nullptr;
+    if (const int error = sum_flags(device.multiprocessors * kPrefillGroups, stream, &flags))
+      return error;
+    const int blocks =
+        spread(params, device.multiprocessors, static_cast<float*>(workspace), flags);
+    return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, total, 1,
+                         config.overlap > 0, stream, params, x_map);
+  }
   // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
   int cluster = config.splits, blocks = device.multiprocessors;
   if (cluster > 1) {

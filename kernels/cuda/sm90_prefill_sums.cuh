@@ -56,6 +56,36 @@ __device__ __forceinline__ void write_tile(const float (&sums)[Count], T* y, int
   warps_sync(1 + group, 4);  // the next tile's sums may come
 }
 
+// A warpgroup's sums to global memory, for another block to add to its own; `flag` then says so.
+template <int Count>
+__device__ __forceinline__ void give_sums(const float (&sums)[Count], float* to, uint32_t* flag,
+                                          int barrier) {
+  const int thread = threadIdx.x % 128;
+  float4* at = reinterpret_cast<float4*>(to) + thread;
+#pragma unroll
+  for (int i = 0; i < Count / 4; i++)
+    __stcg(at + i * 128,
+           make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+  warps_sync(barrier, 4);
+  if (thread == 0) store_release(flag, 1);
+}
+
+// Waits for what another block gives, and adds it. The flag is cleared for the next launch.
+template <int Count>
+__device__ __forceinline__ void add_sums(float (&sums)[Count], const float* from, uint32_t* flag,
+                                         int barrier) {
+  const int thread = threadIdx.x % 128;
+  while (load_acquire(flag) == 0) __nanosleep(20);
+  warps_sync(barrier, 4);  // all have seen the flag
+  if (thread == 0) *flag = 0;
+  const float4* at = reinterpret_cast<const float4*>(from) + thread;
+#pragma unroll
+  for (int i = 0; i < Count / 4; i++) {
+    const float4 v = __ldcg(at + i * 128);
+    sums[4 * i] += v.x, sums[4 * i + 1] += v.y, sums[4 * i + 2] += v.z, sums[4 * i + 3] += v.w;
+  }
+}
+
 // Adds up the sums of a cluster's blocks; each block finishes a share of the columns. `at`: this
 // warpgroup's room in every block's shared memory. `finish` gets the sums and their first column.
 template <int Splits, int Count, typename Finish>

@@ -4,7 +4,7 @@
 namespace flute {
 
 int sm90_w2(FLUTE_SM90_ARGUMENTS) {
-  return launch_sm90_bits<2>(matrix, config, m, x, records, table, y, ahead, stream);
+  return launch_sm90_bits<2>(matrix, config, m, x, records, table, y, workspace, ahead, stream);
 }
 
 }  // namespace flute

@@ -63,7 +63,8 @@ typedef struct {
   int32_t overlap;     // as above, in steps
   // With 192 or 256 columns another kernel runs, for tables of single values only: warpgroups and
   // row_groups are 2, row_tiles 8; splits (1, 2, 4) blocks share a tile of y if the last round has
-  // few; x_stages are halves of k tiles.
+  // few, or with splits 0 all blocks share the tiles that fill no round; x_stages are halves of
+  // k tiles.
 } FluteSm90Config;
 
 // What a launch asks L2 to fetch as it ends: `bytes` of the `total` bytes of the records that are
@@ -90,10 +91,14 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
                            const void* x, const void* records, const void* table, void* y,
                            const FluteAhead* ahead, void* stream);
 
-// The same for any m, on compute capability 9.0.
+// Bytes of the workspace that flute_sm90_gemm needs on the current device: 0 unless splits are 0.
+FLUTE_API int64_t flute_sm90_workspace(const FluteSm90Config* config);
+
+// The same for any m, on compute capability 9.0. `workspace` is aligned to 16 bytes, its contents
+// are any; launches that may run at the same time need different ones.
 FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                               const void* x, const void* records, const void* table, void* y,
-                              const FluteAhead* ahead, void* stream);
+                              void* workspace, const FluteAhead* ahead, void* stream);
 
 // y [m, n] = act(x[:, :n]) * x[:, n:] for x [m, 2 n], all contiguous: a gated product's second step
 // where its launch has none.
