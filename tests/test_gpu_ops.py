@@ -123,6 +123,22 @@ def test_sums_spread_over_blocks_are_the_same_on_two_streams_at_once():
         del outputs[2:]
 
 
+@pytest.mark.parametrize("m", [1, 16, 100, 300, 1000])
+def test_a_call_takes_the_memory_that_its_plan_says(m):
+    problem = make_problem((2560,), 2048, 4, 128)
+    *arguments, plan = internal(problem)
+    x, device = make_x(m, 2048).cuda(), tuning.device_of(torch.device("cuda", 0))
+    shape = (2560, 2048, m, 4, 128, (2560,), False)
+    entry = tuning.entry_of(tuning.entries(*shape[:2], 4, 128, (2560,), device), m)
+    expected = tuning.workspace_bytes(entry, shape, device)
+    torch.ops.flute.gemm(x, *arguments, plan)  # a library of torch's may take memory once
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = torch.ops.flute.gemm(x, *arguments, plan)
+    taken = torch.cuda.max_memory_allocated() - before - y.numel() * 2
+    assert expected <= taken <= expected + 2 * 512  # the allocator's grain
+
+
 def plan_of_one_kernel(arguments: tuple, m: int, kernel: int) -> tuple:
     """``internal``'s arguments with only the entry for m rows, which must be of this kernel."""
     if kernel == tuning.SM90 and torch.cuda.get_device_capability() != (9, 0):

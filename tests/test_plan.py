@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -164,6 +165,22 @@ def test_spread_launches_fill_the_device_and_name_their_workspace():
     for n, worth in ((10240, True), (132 * 128, False)):
         found = set(sm90.candidates(sm90.Problem(n, 8192, 256, 4, 128), tuning.H200))
         assert worth == any(c.columns == 256 and c.splits == sm90.SPREAD for c in found)
+
+
+def test_the_plan_says_what_memory_a_call_takes():
+    shape = (10240, 8192, 256, 4, 128, (10240,), False)
+    spread = tuning.Entry(256, tuning.SM90, (256, 2, 8, 2, sm90.SPREAD, 2, 5, 1))
+    assert tuning.workspace_bytes(spread, shape, tuning.H200) == 132 * 128 * 256 * 4
+    dense = tuning.Entry(0, tuning.DENSE)
+    assert tuning.workspace_bytes(dense, shape, tuning.H200) == 2 * 10240 * 8192
+    for entry in tuning.entries(10240, 8192, 4, 128, (10240,), tuning.H200, environment={}):
+        m = entry.largest_m or 10000
+        used = tuning.workspace_bytes(entry, (10240, 8192, m, *shape[3:]), tuning.H200)
+        assert 0 <= used <= 256 << 20
+        assert entry.kernel != tuning.DECODE or used == 0
+    ampere = replace(tuning.H200, name="a100", capability=80, multiprocessors=108)
+    entry = tuning.Entry(100, tuning.TILE, (128, 3, 3, 3))
+    assert tuning.workspace_bytes(entry, (512, 8192, 100, *shape[3:]), ampere) == 3 * 100 * 512 * 4
 
 
 def test_pair_tables_never_get_the_prefill_kernel():

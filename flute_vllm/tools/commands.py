@@ -176,11 +176,14 @@ def _print_doctor(found: dict) -> None:
         grid.add_row(name, escape(str(value)))
     output.print(grid)
     if "kernels" in found:
-        table = Table("layer", "rows", "kernel", "launch", "why")
+        table = Table("layer", "rows", "kernel", "launch", "MB of workspace", "why")
         for choice in found["kernels"]:
             launch = ",".join(map(str, choice["config"])) if choice["config"] else ""
+            workspace = (
+                f"{choice['workspace_bytes'] / 1e6:.1f}" if choice["workspace_bytes"] else ""
+            )
             table.add_row(
-                escape(choice["layer"]), str(choice["m"]), choice["kernel"], launch,
+                escape(choice["layer"]), str(choice["m"]), choice["kernel"], launch, workspace,
                 escape(choice["why"]),
             )  # fmt: skip
         output.print(table)

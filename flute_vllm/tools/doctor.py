@@ -27,13 +27,15 @@ CPU_DENSE_ROWS, CPU_DENSE_ROWS_AMX = 40, 12
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel for some rows of x of one layer. ``config``: its launch, where it has one."""
+    """The kernel for some rows of x of one layer. ``config``: its launch, where it has one.
+    ``workspace_bytes``: of the GPU's memory while a call runs, besides x and y."""
 
     layer: str
     m: int
     kernel: str
     why: str
     config: tuple[int, ...] | None = None
+    workspace_bytes: int = 0
 
 
 def versions() -> dict[str, str]:
@@ -111,14 +113,17 @@ def choose(layer: LinearLayer, m: int, gpu: tuning.Device | None) -> Choice:
     """The kernel that the op runs for 16-bit x [m, k]; ``gpu`` None: on this CPU."""
     if gpu is None:
         return _choose_cpu(layer, m)
-    spec = layer.spec
+    spec, pair = layer.spec, layer.spec.table_kind == "pair"
     found = tuning.entries(
-        layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu,
-        pair=spec.table_kind == "pair",
-    )  # fmt: skip
+        layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu, pair=pair
+    )
     entry = tuning.entry_of(found, m)
     if entry.kernel != tuning.DECODE:
-        return Choice(layer.name, m, tuning.KERNEL_NAMES[entry.kernel], entry.why, entry.config)
+        shape = (layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts, pair)
+        return Choice(
+            layer.name, m, tuning.KERNEL_NAMES[entry.kernel], entry.why, entry.config,
+            tuning.workspace_bytes(entry, shape, gpu),
+        )  # fmt: skip
     problem = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
     config = tuning.Config(*entry.config)
     return Choice(layer.name, m, "decode", _origin(problem, gpu, config), entry.config[:-1])

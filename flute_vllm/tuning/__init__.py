@@ -51,6 +51,7 @@ from flute_vllm.tuning.plan import (
     entry_of,
     plan,
     single,
+    workspace_bytes,
 )
 
 __all__ = [
@@ -96,4 +97,5 @@ __all__ = [
     "can_gate",
     "GATES",
     "select",
+    "workspace_bytes",
 ]

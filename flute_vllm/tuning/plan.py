@@ -124,6 +124,27 @@ def can_gate(
     return False
 
 
+def workspace_bytes(
+    entry: Entry,
+    problem: tuple[int, int, int, int, int, tuple[int, ...], bool],
+    device: Device,
+) -> int:
+    """What a call takes of the device's memory while it runs, besides x and y.
+
+    ``problem`` as in :func:`can_gate`, its rows of x those of the call: the weight in 16 bits
+    where it is decoded for torch's product, sums that blocks pass on where they share k.
+    """
+    n, k, *_ = problem
+    if entry.kernel == DENSE:
+        return 2 * n * k
+    found: sm90.Launch | tile.Launch | None = None
+    if entry.kernel == SM90:
+        found = sm90.launch(sm90.Problem(*problem), sm90.Config(*entry.config), device)
+    elif entry.kernel == TILE:
+        found = tile.launch(tile.Problem(*problem[:-1]), tile.Config(*entry.config), device)
+    return found.workspace_bytes if found else 0
+
+
 def plan(
     n: int, k: int, bits: int, group_size: int, parts: tuple[int, ...], device: Device,
     *, pair: bool = False, overlap: int = 0,
