@@ -220,9 +220,11 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
     }
     case kSm90: {
       const FluteSm90Config config = {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
-      const Tensor workspace = ts::new_empty(qweight, {flute_sm90_workspace(&config) / 4});
+      std::optional<Tensor> workspace;
+      if (const int64_t bytes = flute_sm90_workspace(&config))
+        workspace = ts::new_empty(qweight, {bytes / 4});
       error = flute_sm90_gemm(&matrix, &config, int32_t(m), from, records, values, to,
-                              workspace.mutable_data_ptr(), &ahead, stream);
+                              workspace ? workspace->mutable_data_ptr() : nullptr, &ahead, stream);
       break;
     }
     case kTile: {

@@ -161,6 +161,10 @@ def test_spread_launches_fill_the_device_and_name_their_workspace():
     assert (launch.blocks, launch.cluster) == (132, 1)
     assert launch.workspace_bytes == 132 * 128 * 256 * 4  # 17 MB, fp32 sums of a block's tile
     assert sm90.launch(problem, sm90.Config(128, 4, 8, 4, sm90.SPREAD, 2, 2), tuning.H200) is None
+    # Blocks with the same rows of w stay together: 8 tiles of x side by side, 16 times 8 blocks.
+    for m, blocks in ((512, 132), (1280, 130), (1792, 126), (2048, 128), (2300, 132)):
+        wide = sm90.Problem(10240, 8192, m, 4, 128)
+        assert sm90.launch(wide, config, tuning.H200).blocks == blocks
     # 80 tiles leave multiprocessors idle, 132 do not.
     for n, worth in ((10240, True), (132 * 128, False)):
         found = set(sm90.candidates(sm90.Problem(n, 8192, 256, 4, 128), tuning.H200))

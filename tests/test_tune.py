@@ -65,6 +65,31 @@ def test_the_fastest_wins_and_the_decode_kernel_only_clearly():
     assert tune.best_of([a, b, c], lambda entry, _: times[entry]) == (c, 7.0)
 
 
+class FakeGraph:
+    made = 0
+
+    def __init__(self, calls):
+        FakeGraph.made += 1
+        self.calls = calls
+
+    def median_us(self, replays):
+        return self.calls[0] + (0.5 if replays == tune.QUICK else 0.0)
+
+    def busy_us(self, milliseconds):
+        return self.calls[0] * 2
+
+
+def test_a_careful_time_is_the_mean_of_two_states_of_the_gpu(monkeypatch):
+    """Graphs of the entries that are timed carefully are made once and kept."""
+    monkeypatch.setattr(tune, "CallGraph", FakeGraph)
+    FakeGraph.made, entry = 0, Entry(128, SM90, (10,))
+    timer = tune.EntryTimer(lambda numbers: [[numbers[2]], [numbers[2] + 2]], busy=True)
+    assert timer(entry, False) == 11.5
+    assert timer(entry, True) == timer(entry, True) == (11 + 22) / 2
+    assert FakeGraph.made == 4
+    assert tune.EntryTimer(lambda numbers: [[numbers[2]]], busy=False)(entry, True) == 10
+
+
 @pytest.mark.parametrize("m", [tune.FEW_ROWS, 16, 128, 512])
 def test_the_launch_that_runs_now_is_always_a_candidate(m):
     few = tune.candidates(LAYER, m, tuning.H200, 1)

@@ -77,7 +77,7 @@ def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> li
 def with_current(
     entries: list[Entry], layer: LinearLayer, m: int, gpu: tuning.Device
 ) -> list[Entry]:
-    """The launch that runs without the file that is being written is compared, too."""
+    """The launch that runs now is compared, too."""
     plan = tuning.entries(
         layer.n, layer.k, layer.spec.bits, layer.spec.group_size, layer.parts, gpu, overlap=1,
         environment={},
@@ -124,6 +124,31 @@ def best_of(
     return best[winner], us
 
 
+class EntryTimer:
+    """Microseconds of a call with an entry: the mean over calls of several numbers of rows.
+
+    ``calls``: for the numbers of a plan, the calls with each input, weights in rotation. ``busy``:
+    a careful time is the mean of that of a GPU that begins and that of one that is busy.
+    """
+
+    def __init__(self, calls: Callable[[list[int]], list[list[Callable]]], *, busy: bool) -> None:
+        self.busy, self._calls = busy, calls
+        # Of those timed carefully. Not of all: a graph holds the outputs of its calls.
+        self._graphs: dict[Entry, list[CallGraph]] = {}
+
+    def __call__(self, entry: Entry, careful: bool) -> float:
+        graphs = self._graphs.get(entry) or [
+            CallGraph(calls) for calls in self._calls(replace(entry, largest_m=0).numbers)
+        ]
+        if not careful:
+            return statistics.mean(graph.median_us(QUICK) for graph in graphs)
+        self._graphs[entry] = graphs
+        us = statistics.mean(graph.median_us(CAREFUL) for graph in graphs)
+        if not self.busy:
+            return us
+        return (us + statistics.mean(graph.busy_us(BUSY_MS) for graph in graphs)) / 2
+
+
 def tune_layer(
     layer: LinearLayer, rows: Iterable[int], gpu: tuning.Device, device: torch.device, limit: int
 ) -> Iterator[Tuned]:
@@ -134,31 +159,26 @@ def tune_layer(
     records = ops.repack(qweight, scales, table, *settings)
     scales = scales.new_empty(0)
     copies = [records] + [records.clone() for _ in range(copies_for(records.numel() * 4) - 1)]
+    pairs = list(zip(copies, copies[1:] + copies[:1], strict=True))
     gemm, ahead = torch.ops.flute.gemm, tuning.ahead_bytes()
+
+    def calls(inputs: list[torch.Tensor], numbers: list[int]) -> list[list[Callable]]:
+        return [
+            [functools.partial(gemm, x, q, scales, table, *settings, numbers, after, ahead)
+             for q, after in pairs]
+            for x in inputs
+        ]  # fmt: skip
+
     for m in rows:
         # One launch serves all of the few rows: the mean of one row and of as many as there may be.
         counts = {1, m} if m <= FEW_ROWS else {m}
         inputs = [torch.randn(count, layer.k, device=device).to(spec.torch_scale_dtype)
                   for count in counts]  # fmt: skip
-
-        def time_us(entry: Entry, careful: bool, inputs: list[torch.Tensor] = inputs) -> float:
-            numbers = replace(entry, largest_m=0).numbers
-            pairs = list(zip(copies, copies[1:] + copies[:1], strict=True))
-            graphs = (
-                CallGraph([functools.partial(gemm, x, q, scales, table, *settings, numbers, after,
-                                             ahead) for q, after in pairs])
-                for x in inputs
-            )  # fmt: skip
-            if careful and max(map(len, inputs)) >= BUSY_ROWS:
-                return statistics.mean((graph.median_us(CAREFUL) + graph.busy_us(BUSY_MS)) / 2
-                                       for graph in graphs)  # fmt: skip
-            return statistics.mean(graph.median_us(CAREFUL if careful else QUICK)
-                                   for graph in graphs)  # fmt: skip
-
         entries = with_current(candidates(layer, m, gpu, limit), layer, m, gpu)
+        timer = EntryTimer(functools.partial(calls, inputs), busy=m >= BUSY_ROWS)
         # The first pass brings the GPU to the clock that it keeps.
-        busy = {"finalists": BUSY_FINALISTS, "passes": 2} if m >= BUSY_ROWS else {}
-        entry, us = best_of(entries, time_us, **busy)
+        care = {"finalists": BUSY_FINALISTS, "passes": 2} if timer.busy else {}
+        entry, us = best_of(entries, timer, **care)
         section, key = place_of(layer, m)
         numbers = entry.config[:-1]
         if section == "sm90":

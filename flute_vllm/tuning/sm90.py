@@ -25,6 +25,7 @@ MAX_STAGES, MAX_X_STAGES = 16, 8
 TABLE_BYTES = TABLE_OFFSET = 65536
 PREFILL_STAGES = 8  # of weights and of x, at most
 PREFILL_BARRIER_BYTES = 1024
+PREFILL_SIDE = 8  # tiles of x side by side, at most
 PREFILL_STAGED_BYTES = 2 * 32 * 144  # sums of a warpgroup on their way out
 SPREAD = 0  # splits: k of the tiles that fill no round is divided evenly among all blocks
 IN_FLIGHT = 70_000  # bytes of weights; more gains nothing, from 110,000 on it costs bandwidth
@@ -113,9 +114,10 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
         or total > device.shared_bytes
     ):
         return None
-    if config.splits == SPREAD:
-        return Launch(device.multiprocessors, total, 1, device.multiprocessors * sums)
     whole, left, cluster = _prefill_rounds(problem, config, device)
+    if config.splits == SPREAD:
+        return Launch(_spread_blocks(problem, config, device), total, 1,
+                      device.multiprocessors * sums)  # fmt: skip
     blocks = device.blocks_at_once(cluster)
     return Launch(blocks if whole else min(blocks, left * cluster), total, cluster)
 
@@ -123,11 +125,21 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
 def _prefill_rounds(problem: Problem, config: Config, device: Device) -> tuple[int, int, int]:
     """Rounds of all blocks, tiles of y left for the last one, blocks that share one of these."""
     tiles = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
-    for cluster in (max(1, config.splits), 1):
+    if config.splits == SPREAD:
+        return *divmod(tiles, _spread_blocks(problem, config, device)), 1
+    for cluster in (config.splits, 1):
         whole, left = divmod(tiles, device.blocks_at_once(cluster))
         if cluster > 1 and 0 < left <= device.blocks_at_once(cluster) // cluster:
             break
     return whole, left, cluster
+
+
+def _spread_blocks(problem: Problem, config: Config, device: Device) -> int:
+    """Those with the same rows of w stay together where all bands of tiles are equally wide."""
+    x_tiles = math.ceil(problem.m / config.columns)
+    side = math.ceil(x_tiles / math.ceil(x_tiles / PREFILL_SIDE))
+    members = side if x_tiles % side == 0 and side <= device.multiprocessors else 1
+    return device.multiprocessors // members * members
 
 
 def launch(
@@ -235,7 +247,9 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
         whole, left, cluster = _prefill_rounds(problem, config, device)
         tile = problem.k_tiles * (900 + 5 * config.columns) + 3000
         if config.splits == SPREAD:
-            return (whole + left / device.multiprocessors) * tile + 20000
+            blocks = _spread_blocks(problem, config, device)
+            pieces = blocks / left if left and not whole else 1  # of a tile; one block adds them up
+            return (whole + left / blocks) * tile + 20000 + 2000 * max(0.0, pieces - 2)
         return (whole + (left > 0) / cluster) * tile + 6000 + (6000 if cluster > 1 else 0)
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))

@@ -32,6 +32,7 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
       config.splits < 0 || config.splits > 4 || config.splits == 3 || config.stages < 1 ||
       config.stages > kPrefillStages || config.x_stages < 3 || config.x_stages > kPrefillStages ||
       total > device.shared_limit || matrix.pair_table || matrix.activation ||
+      (config.splits == 0 && workspace == nullptr) ||
       (config.splits > 1 && config.x_stages * Shape::kXStage < Shape::kSumsBytes))
     return kBadConfig;
 
@@ -54,17 +55,18 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
+  int cluster = config.splits, blocks = device.multiprocessors;
   if (config.splits == 0) {
     uint32_t* flags = nullptr;
-    if (const int error = sum_flags(device.multiprocessors * kPrefillGroups, stream, &flags))
-      return error;
-    const int blocks =
-        spread(params, device.multiprocessors, static_cast<float*>(workspace), flags);
-    return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, total, 1,
-                         config.overlap > 0, stream, params, x_map);
+    if (const int error = sum_flags(blocks * kPrefillGroups, stream, &flags)) return error;
+    if (flags != nullptr) {
+      blocks = spread_k(params, blocks, static_cast<float*>(workspace), flags);
+      return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, total, 1,
+                           config.overlap > 0, stream, params, x_map);
+    }
+    cluster = config.x_stages * Shape::kXStage < Shape::kSumsBytes ? 1 : 2;
   }
   // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
-  int cluster = config.splits, blocks = device.multiprocessors;
   if (cluster > 1) {
     static std::atomic<int> known[kMaxDevices][2];
     int clusters = 0;

@@ -4,8 +4,8 @@
 // share what is left. The blocks of a cluster share a tile each and add up through each other's
 // shared memory: the faster way where the count fits. Or k of the tiles left, and of one full round
 // if there is one, is *spread*: cut into as many equal shares as there are places, in order. Then a
-// tile is cut at most once or, without a full round, a few times. The block with its first k adds
-// what the others leave in global memory.
+// tile is cut at most once or, without a full round, in as many pieces as there are blocks for a
+// tile. The block with its first k adds what the others leave in global memory.
 #pragma once
 
 #include "layout.cuh"
@@ -14,7 +14,7 @@ namespace flute {
 
 constexpr int kPrefillGroups = 2;  // warpgroups that multiply
 constexpr int kPrefillStages = 8;  // at most, of weights and of x
-constexpr int kLeastShare = 4;     // k tiles of a tile of y that a block computes, at least
+constexpr int kLeastShare = 4;     // k tiles from a cut to the ends of its tile, at least
 
 // What a launch needs; filled by sm90_prefill_launch.cuh.
 struct PrefillParams {
@@ -43,11 +43,12 @@ struct PrefillParams {
 // Spreads the k of the tiles that fill no round, and of one full round if there is one: of the rest
 // alone each tile would be cut in many pieces. Blocks with the same rows of w stay together where
 // all bands of tiles are equally wide. Returns the blocks of the launch.
-inline int spread(PrefillParams& params, int multiprocessors, float* sums, uint32_t* flags) {
-  const int members = params.x_tiles % params.side == 0 ? params.side : 1;
+inline int spread_k(PrefillParams& params, int multiprocessors, float* sums, uint32_t* flags) {
+  const bool together = params.x_tiles % params.side == 0 && params.side <= multiprocessors;
+  const int members = together ? params.side : 1;
   const int places = multiprocessors / members, blocks = places * members;
   params.whole = params.tiles;
-  if (params.tiles % blocks == 0 || flags == nullptr) return blocks;
+  if (params.tiles % blocks == 0) return blocks;
   params.whole = params.tiles > blocks ? (params.tiles / blocks - 1) * blocks : 0;
   const int64_t k_tiles = int64_t{(params.tiles - params.whole) / members} * params.k_tiles;
   params.members = members, params.sums = sums, params.flags = flags;
@@ -82,7 +83,8 @@ struct Work {
     begin = 0, end = p.k_tiles, place = member = 0;
     if (spread) {
       // Backwards: a block waits for the sums of blocks that the device started before it, so
-      // nothing is waited for that cannot come, whatever else the device runs.
+      // nothing is waited for that cannot come, whatever else the device runs. That blocks start
+      // in the order of their numbers is what devices do, not what CUDA promises.
       const int backwards = gridDim.x - 1 - blockIdx.x;
       place = backwards / p.members, member = backwards - place * p.members;
       const int from = spread_begin(p, place), to = spread_begin(p, place + 1);

@@ -1,6 +1,7 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <tuple>
 
 #include "sum_flags.h"
@@ -8,57 +9,68 @@
 namespace flute {
 namespace {
 
-// A set serves a launch of 160 blocks of two warpgroups. A model of 80 layers that is captured
-// piece by piece in 30 sizes needs 2,400 sets. All of them are 5 MB of device memory, zero from the
-// start; none is given back, as nobody tells when a graph is gone.
-constexpr int kFlags = 320, kSets = 4096;
+// A set serves a launch of 136 blocks of two warpgroups. A model of 80 layers captured piece by
+// piece in the 32 sizes that vLLM has from 136 to 512 rows needs 2,560 of them, twice that with
+// LoRA. All are 9 MB of device memory, zero from the start; a graph that is gone does not give its
+// own back.
+constexpr int kFlags = 272, kSets = 8192;
 __device__ uint32_t all_flags[kSets * kFlags];
 
-struct Owners {
-  std::mutex mutex;
-  std::map<int, uint32_t*> memory;  // of each device
-  std::map<int, int> used;          // sets of it
-  std::map<std::tuple<int, cudaStream_t, unsigned long long>, int>
-      sets;  // of device, stream, capture
+// A capture or 0, a stream, and the thread for which cudaStreamPerThread stands.
+using Owner = std::tuple<unsigned long long, cudaStream_t, std::thread::id>;
+
+struct Device {
+  uint32_t* memory = nullptr;
+  std::map<Owner, int> sets;
 };
+struct Devices {
+  std::mutex mutex;
+  std::map<int, Device> known;
+};
+
+void say_used_up(int device) {
+  std::fprintf(
+      stderr,
+      "WARNING flute: on GPU %d %d streams and captured graphs have used all flags for sums "
+      "that blocks share: products of some hundred rows on further ones take up to 1.5 times "
+      "as long. Capture fewer sizes, or start the process anew\n",
+      device, kSets);
+}
 
 }  // namespace
 
 int sum_flags(int count, cudaStream_t stream, uint32_t** flags) {
-  static Owners* const owners = new Owners;  // for as long as threads may launch
+  static Devices* const devices = new Devices;  // for as long as threads may launch
   *flags = nullptr;
   if (count > kFlags) return 0;
-  int device = 0;
+  int number = 0;
   unsigned long long capture = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaGetDevice(&number)) return error;
   if (const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &capture)) return error;
   if (status == cudaStreamCaptureStatusNone) capture = 0;
+  const bool of_thread = stream == cudaStreamPerThread;
+  const Owner owner(capture, stream, of_thread ? std::this_thread::get_id() : std::thread::id());
 
-  const std::lock_guard<std::mutex> lock(owners->mutex);
-  uint32_t*& memory = owners->memory[device];
-  if (memory == nullptr) {
+  const std::lock_guard<std::mutex> lock(devices->mutex);
+  Device& device = devices->known[number];
+  if (device.memory == nullptr) {
     void* address = nullptr;
     if (const cudaError_t error = cudaGetSymbolAddress(&address, all_flags)) return error;
-    memory = static_cast<uint32_t*>(address);
+    device.memory = static_cast<uint32_t*>(address);
   }
-  const auto key = std::make_tuple(device, stream, capture);
-  auto found = owners->sets.find(key);
-  if (found == owners->sets.end()) {
-    int& used = owners->used[device];
+  auto found = device.sets.find(owner);
+  if (found == device.sets.end()) {
+    static bool said = false;
+    const int used = static_cast<int>(device.sets.size());
     if (used == kSets) {
-      static bool said = false;
-      if (!said)
-        std::fprintf(stderr,
-                     "WARNING flute: %d streams and captured graphs have used all flags for shared "
-                     "sums: launches of some hundred rows take up to a fifth longer from now on\n",
-                     kSets);
+      if (!said) say_used_up(number);
       said = true;
       return 0;
     }
-    found = owners->sets.emplace(key, used++).first;
+    found = device.sets.emplace(owner, used).first;
   }
-  *flags = memory + found->second * kFlags;
+  *flags = device.memory + found->second * kFlags;
   return 0;
 }
 

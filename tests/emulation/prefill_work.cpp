@@ -34,7 +34,7 @@ bool holds(std::mt19937& rng) {
   p.parts.count = 1, p.first_block[1] = blocks_of_rows;
   p.tiles = p.x_tiles * blocks_of_rows;
   uint32_t flags = 0;
-  gridDim.x = spread(p, any(8, 140), nullptr, &flags);
+  gridDim.x = spread_k(p, any(8, 140), nullptr, &flags);
   std::map<std::pair<int, int>, int> computed;  // of (tile of y, k tile)
   std::map<int, int> given, taken;              // block that gives sums -> block with the tile
   for (unsigned b = 0; b < gridDim.x; b++) {

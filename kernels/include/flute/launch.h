@@ -95,7 +95,8 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
 FLUTE_API int64_t flute_sm90_workspace(const FluteSm90Config* config);
 
 // The same for any m, on compute capability 9.0. `workspace` is aligned to 16 bytes, its contents
-// are any; launches that may run at the same time need different ones.
+// are any; launches that may run at the same time need different ones. It may be null where it
+// needs no bytes.
 FLUTE_API int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                               const void* x, const void* records, const void* table, void* y,
                               void* workspace, const FluteAhead* ahead, void* stream);
