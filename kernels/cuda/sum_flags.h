@@ -12,8 +12,8 @@ namespace flute {
 // capture, whose graph may be replayed on any stream. Null where there are no more: the launch must
 // do without, and stderr has said so once. Returns 0 or a CUDA error.
 //
-// A stream is known by its handle (cudaStreamGetId is not allowed while a stream captures): one
-// that is destroyed while it has work must not be followed by another that gets the same handle.
+// A stream is known by its handle (with cudaStreamGetId here, captures failed with CUDA error 900):
+// one that is destroyed while it has work must not be followed by another with the same handle.
 int sum_flags(int count, cudaStream_t stream, uint32_t** flags);
 
 }  // namespace flute
