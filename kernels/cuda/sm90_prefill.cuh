@@ -58,16 +58,22 @@ struct PrefillBarriers {
     return filled(group, slot) + kPrefillStages * 8;
   }
   static constexpr int kX = kPrefillGroups;  // instead of a warpgroup
+  __device__ __forceinline__ PairBarriers pair() const {
+    return {base + (kPrefillGroups + 1) * 2 * kPrefillStages * 8};
+  }
 };
 
-// One warp brings all x of this block.
+// One warp brings all x of this block. Where the last tile is shared with the other block of a
+// cluster, that one's sums then find room in the stages that are needed no more.
 template <typename Shape>
 __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMap* map,
                                         PrefillBarriers barriers, uint32_t x_at) {
   RingPlace at(p.x_stages);
+  bool shares = false;
   for (int round = 0;; round++) {
     const Work work(p, round, Shape::kColumns);
     if (!work.exists) break;
+    shares = work.shared;
 #pragma unroll 1
     for (int i = 2 * work.begin; i < 2 * work.end; i++, at.advance()) {
       const uint32_t filled = barriers.filled(barriers.kX, at.slot);
@@ -79,6 +85,12 @@ __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMa
       }
     }
   }
+  if (!shares) return;
+  for (int group = 0; group < kPrefillGroups; group++, at.advance())
+    barrier_wait(barriers.emptied(barriers.kX, at.slot), at.phase ^ 1);
+  cluster_wait();  // the other block has begun
+  if (elect_one())
+    cluster_barrier_arrive(cluster_address(barriers.pair().room(), cluster_rank() ^ 1));
 }
 
 // One warp brings all weights of one warpgroup: two k tiles of each of its row tiles, then the next
@@ -185,9 +197,11 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     }
     barrier_init(barriers.filled(barriers.kX, threadIdx.x), 1);
     barrier_init(barriers.emptied(barriers.kX, threadIdx.x), kPrefillGroups * 4);
+    if (threadIdx.x == 0) barriers.pair().init(Shape::kColumns);
     barrier_init_fence();
   }
   __syncthreads();
+  if (p.splits_log2 > 0) cluster_arrive();
   allow_next_launch();
 
   if (group == kPrefillGroups) {
@@ -255,9 +269,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     const int columns = min(Shape::kColumns, p.m - work.column0);
     const uint32_t staged = base + p.staged_at + group * kStagedBytes;
     const bool aligned = ((p.n | block.first_row) & 7) == 0;
-    auto write = [&](auto& sums, int first) {
+    auto write = [&](auto& sums, int first, auto arrived) {
       write_tile<T>(sums, y + group * 64 + static_cast<int64_t>(first) * p.n, p.n,
-                    block.rows - group * 64, columns - first, aligned, staged, group);
+                    block.rows - group * 64, columns - first, aligned, staged, group, arrived);
     };
     if (work.spread) {
       const SpreadSums spread{p, work, group, Shape::kColumns * 64};
@@ -270,15 +284,17 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       });
     }
     if (!work.shared) {
-      write(products.sums, 0);
+      write(products.sums, 0, [](int) {});
       continue;
     }
-    warps_sync(1 + kPrefillGroups, kPrefillGroups * 4);  // the last round: x is done with
-    const uint32_t at = x_at + group * Shape::kColumns * 64 * 4;
-    if (p.splits_log2 == 1)
-      share_sums<2>(products.sums, at, write);
-    else
-      share_sums<4>(products.sums, at, write);
+    // Behind the last stage of each block: where one of them had a k tile more, two further.
+    auto room = [&](int stages_on) {
+      int at = stage.slot + group + stages_on;
+      at += at < 0 ? p.x_stages : at >= p.x_stages ? -p.x_stages : 0;
+      return x_at + at * Shape::kXStage;
+    };
+    const int more = p.k_tiles - 2 * (work.end - work.begin);  // k tiles, of the other block
+    exchange_sums(products.sums, room(0), room(2 * more), barriers.pair(), group, write);
   }
 #endif
 }

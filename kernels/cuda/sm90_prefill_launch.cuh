@@ -29,11 +29,10 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   params.slots_at = params.staged_at + kPrefillGroups * kStagedBytes;
   const int total = params.slots_at + kPrefillGroups * config.stages * Shape::kSlot;
   if (config.row_tiles != 4 * kPrefillGroups || config.row_groups != kPrefillGroups ||
-      config.splits < 0 || config.splits > 4 || config.splits == 3 || config.stages < 1 ||
+      config.splits < 0 || config.splits > 2 || config.stages < 1 ||
       config.stages > kPrefillStages || config.x_stages < 3 || config.x_stages > kPrefillStages ||
       total > device.shared_limit || matrix.pair_table || matrix.activation ||
-      (config.splits == 0 && workspace == nullptr) ||
-      (config.splits > 1 && config.x_stages * Shape::kXStage < Shape::kSumsBytes))
+      (config.splits == 0 && workspace == nullptr))
     return kBadConfig;
 
   params.records = static_cast<const uint8_t*>(records);
@@ -64,7 +63,7 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
       return launch_kernel(sm90_prefill_kernel<Shape>, dim3(blocks), kPrefillThreads, total, 1,
                            config.overlap > 0, stream, params, x_map);
     }
-    cluster = config.x_stages * Shape::kXStage < Shape::kSumsBytes ? 1 : 2;
+    cluster = 2;
   }
   // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
   if (cluster > 1) {

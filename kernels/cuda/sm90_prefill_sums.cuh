@@ -1,7 +1,8 @@
-// How the prefill kernel's sums reach y: through shared memory, as whole lines, and where a
-// cluster's blocks share a tile, added up first.
+// How the prefill kernel's sums reach y: through shared memory, as whole lines, and where blocks
+// share a tile, added up first.
 #pragma once
 
+#include "sm90_prefill_work.cuh"
 #include "wgmma.cuh"
 
 namespace flute {
@@ -13,9 +14,11 @@ constexpr int kStagedBytes = 2 * 32 * kStagedPitch;  // of a warpgroup: twice 32
 // Sums of 64 rows of w to y [columns, n], of which `rows` and `columns` are inside. They pass
 // through shared memory, 32 columns at a time, so that a column is written as one whole line, where
 // the registers of a warp hold only sixteen bytes of it side by side.
-template <typename T, int Count>
+// `arrived(i)` runs before columns 32 i to 32 i + 31 are needed.
+template <typename T, int Count, typename Arrived>
 __device__ __forceinline__ void write_tile(const float (&sums)[Count], T* y, int64_t n, int rows,
-                                           int columns, bool aligned, uint32_t staged, int group) {
+                                           int columns, bool aligned, uint32_t staged, int group,
+                                           Arrived arrived) {
   constexpr int kHalf = 16;  // columns that a warp stores, and the warpgroup writes, at once
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   const uint32_t to =
@@ -29,6 +32,7 @@ __device__ __forceinline__ void write_tile(const float (&sums)[Count], T* y, int
     const uint32_t buffer = i % 4 * (kHalf * kStagedPitch);
     if (i % 2 == 0) {
       if (i * kHalf >= columns) break;
+      arrived(i / 2);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         uint32_t r[4];
@@ -86,48 +90,64 @@ __device__ __forceinline__ void add_sums(float (&sums)[Count], const float* from
   }
 }
 
-// Adds up the sums of a cluster's blocks; each block finishes a share of the columns. `at`: this
-// warpgroup's room in every block's shared memory. `finish` gets the sums and their first column.
-template <int Splits, int Count, typename Finish>
-__device__ __forceinline__ void share_sums(const float (&sums)[Count], uint32_t at, Finish finish) {
-  constexpr int kOwn = Count / Splits, kQuad = 128 * 16;
-  const int rank = cluster_rank();
-  at += threadIdx.x % 128 * 16;
-  auto store = [&](int to, const float* v) {
-    store_shared_float4(at + to * kQuad, make_float4(v[0], v[1], v[2], v[3]));
-  };
-  float own[kOwn];
-  if constexpr (Splits == 2) {  // what is not for itself, a block stores for the other
-    float other[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-      own[i] = rank ? sums[kOwn + i] : sums[i];
-      other[i] = rank ? sums[i] : sums[kOwn + i];
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn / 4; i++) store(i, other + 4 * i);
-    cluster_sync();
-#pragma unroll
-    for (int i = 0; i < kOwn / 4; i++) {
-      const float4 sum = load_cluster_float4(at + i * kQuad, rank ^ 1);
-      own[4 * i] += sum.x, own[4 * i + 1] += sum.y, own[4 * i + 2] += sum.z,
-          own[4 * i + 3] += sum.w;
-    }
-  } else {  // all in the order of ranks
-#pragma unroll
-    for (int i = 0; i < Count / 4; i++) store(i, sums + 4 * i);
-    cluster_sync();
-#pragma unroll
-    for (int i = 0; i < kOwn / 4; i++) {
-      const uint32_t from = at + (rank * (kOwn / 4) + i) * kQuad;
-      float4 sum = load_cluster_float4(from, 0);
-#pragma unroll
-      for (int other = 1; other < Splits; other++) add(sum, load_cluster_float4(from, other));
-      own[4 * i] = sum.x, own[4 * i + 1] = sum.y, own[4 * i + 2] = sum.z, own[4 * i + 3] = sum.w;
-    }
+// Barriers of a pair of blocks that share a tile: there is room in the other block for the sums
+// that it needs, and so many columns of them have come to this one.
+struct PairBarriers {
+  static constexpr int kColumnsEach = 32;  // of sums that a barrier stands for
+  uint32_t base;
+  __device__ __forceinline__ uint32_t room() const { return base; }
+  __device__ __forceinline__ uint32_t come(int group, int part) const {
+    return base + 8 + (group * 4 + part) * 8;
   }
-  cluster_sync();  // no block leaves while another reads its sums
-  finish(own, rank * kOwn * 2);
+  static constexpr int kBytes = 8 + kPrefillGroups * 4 * 8;
+
+  // One thread, for its block. Each is used once in a launch.
+  __device__ __forceinline__ void init(int columns) const {
+    barrier_init(room(), 1);
+    for (int g = 0; g < kPrefillGroups; g++)
+      for (int i = 0; i < columns / 2 / kColumnsEach; i++) {
+        barrier_init(come(g, i), 1);
+        barrier_expect(come(g, i), kColumnsEach * 64 * 4);
+      }
+  }
+};
+
+// The two blocks of a cluster share a tile: each sends the other half of its columns, and adds what
+// comes to its own half. `from`: this warpgroup's room for that, `to`: the other block's.
+// `finish(own, first, arrived)` writes the own half, columns from `first` on; it calls
+// arrived(32 columns) before it needs them. Nothing is waited for but sums: a block leaves when it
+// has got all that is sent to it.
+template <int Count, typename Finish>
+__device__ __forceinline__ void exchange_sums(const float (&sums)[Count], uint32_t from,
+                                              uint32_t to, PairBarriers barriers, int group,
+                                              Finish finish) {
+  constexpr int kOwn = Count / 2, kQuad = 128 * 16, kEach = PairBarriers::kColumnsEach / 2;
+  const uint32_t rank = cluster_rank(), at = threadIdx.x % 128 * 16;
+  float own[kOwn];
+  barrier_wait_cluster(barriers.room(), 0);
+  to = cluster_address(to + at, rank ^ 1);
+#pragma unroll
+  for (int i = 0; i < kOwn; i += 4) {
+    float other[4];
+#pragma unroll
+    for (int j = i; j < i + 4; j++) {
+      own[j] = rank ? sums[kOwn + j] : sums[j];
+      other[j - i] = rank ? sums[j] : sums[kOwn + j];
+    }
+    store_cluster_async(to + i / 4 * kQuad, make_float4(other[0], other[1], other[2], other[3]),
+                        cluster_address(barriers.come(group, i / kEach), rank ^ 1));
+  }
+  finish(own, rank * kOwn * 2, [&](int part) {
+    barrier_wait_cluster(barriers.come(group, part), 0);
+#pragma unroll
+    for (int i = part * kEach; i < (part + 1) * kEach; i += 4) {
+      const float4 sum = load_shared_float4(from + at + i / 4 * kQuad);
+      own[i] += sum.x, own[i + 1] += sum.y, own[i + 2] += sum.z, own[i + 3] += sum.w;
+    }
+  });
+  // Sums of columns that do not exist come, too.
+  for (int part = 0; part < kOwn / kEach; part++)
+    barrier_wait_cluster(barriers.come(group, part), 0);
 }
 #endif
 
