@@ -21,7 +21,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning.device import SHARED_RESERVED, TILE_K, TILE_ROWS, Device, measured
+from flute_vllm.tuning.device import (
+    CLUSTER_BARRIER_BYTES,
+    SHARED_RESERVED,
+    TILE_K,
+    TILE_ROWS,
+    Device,
+    cluster_room,
+    measured,
+)
 from flute_vllm.tuning.problem import ProblemBase
 
 logger = logging.getLogger(__name__)
@@ -94,7 +102,17 @@ def table_bytes(device: Device) -> int:
     return 256 * (256 if device.wide_table else 128)
 
 
-def small_shared_bytes(problem: Problem, config: Config, device: Device) -> int | None:
+def room_bytes(problem: Problem, config: Config, ranks: int) -> int:
+    """For the sums of a cluster's other blocks."""
+    if ranks == 1:
+        return 0
+    sums = problem.m * config.row_tiles * TILE_ROWS
+    return CLUSTER_BARRIER_BYTES + cluster_room(sums, config.warps * 32, 4, ranks)
+
+
+def small_shared_bytes(
+    problem: Problem, config: Config, device: Device, ranks: int = 1
+) -> int | None:
     """As plan_small in decode_launch.cuh: None where not every warp has room for a request.
 
     Where not all of them have room for ``slots``, the last ones have one less.
@@ -104,14 +122,15 @@ def small_shared_bytes(problem: Problem, config: Config, device: Device) -> int 
     slot = problem.depth * problem.record_bytes
     half = (device.shared_bytes + SHARED_RESERVED) // 2 - SHARED_RESERVED
     whole = SMALL_TABLE_AT + table_bytes(device) + SMALL_WARPS * config.slots * slot
+    whole += room_bytes(problem, config, ranks)
     shorter = max(0, math.ceil((whole - half) / slot))
     if shorter >= SMALL_WARPS or config.slots == (shorter > 0):
         return None
     return whole - shorter * slot
 
 
-def shared_bytes(problem: Problem, config: Config, device: Device) -> int:
-    """As plan_shared in decode_launch.cuh."""
+def shared_bytes(problem: Problem, config: Config, device: Device, ranks: int = 1) -> int:
+    """As plan_shared in decode_launch.cuh. ``ranks``: blocks of a cluster."""
     partial = config.rows_each * problem.width * 20 * 4
     region = max(config.slots * problem.depth * problem.record_bytes, partial)
     before = (0x10000 if device.wide_table else 0x8000) - SHARED_RESERVED
@@ -123,7 +142,7 @@ def shared_bytes(problem: Problem, config: Config, device: Device) -> int:
     else:
         high += x
     low = min(WARPS, (before - first) // region)
-    return high + (WARPS - low) * region
+    return high + (WARPS - low) * region + room_bytes(problem, config, ranks)
 
 
 def launch(
@@ -138,7 +157,7 @@ def launch(
         and problem.fits_cluster(config.splits, gated)
     )
     least_slots = config.rows_each + 1 if problem.width == 32 else 1
-    sums = config.row_tiles * TILE_ROWS * problem.m * 4 if shares_sums else 0
+    ranks = config.splits * (2 if gated else 1)
     if (
         config.row_tiles < 1
         or config.row_tiles > 128
@@ -151,14 +170,13 @@ def launch(
     ):
         return None
     if config.warps == SMALL_WARPS:
-        shared = small_shared_bytes(problem, config, device)
-        room = 0 if shared is None else shared - SMALL_TABLE_AT - table_bytes(device)
+        shared = small_shared_bytes(problem, config, device, ranks)
     else:
-        shared, room = shared_bytes(problem, config, device), table_bytes(device)
-    if shared is None or shared > device.shared_bytes or sums > room:
+        shared = shared_bytes(problem, config, device, ranks)
+    if shared is None or shared > device.shared_bytes:
         return None
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    return Launch(blocks * config.splits, shared, config.splits * (2 if gated else 1))
+    return Launch(blocks * config.splits, shared, ranks)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:

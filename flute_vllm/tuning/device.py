@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 TILE_ROWS, TILE_K = 16, 128  # of a record, kernels/cuda/layout.cuh
 SHARED_RESERVED = 1024  # the system's share at the start of a block's shared memory
+CLUSTER_BARRIER_BYTES = 16
 CONFIG_FOLDER = data_path("configs", "tuning")
 
 
@@ -40,6 +42,13 @@ class Device:
 
 
 H200 = Device("h200", 132, 232448, 90)
+
+
+def cluster_room(sums: int, threads: int, value_bytes: int, ranks: int) -> int:
+    """Bytes where a block of a cluster receives the others' part of ``sums`` sums. As in
+    cluster_sums.cuh."""
+    turns = math.ceil(math.ceil(sums / threads) / ranks)
+    return (ranks - 1) * turns * threads * value_bytes
 
 
 @functools.cache

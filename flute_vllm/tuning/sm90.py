@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning.device import SHARED_RESERVED, TILE_K, TILE_ROWS, Device
+from flute_vllm.tuning.device import (
+    CLUSTER_BARRIER_BYTES,
+    SHARED_RESERVED,
+    TILE_K,
+    TILE_ROWS,
+    Device,
+    cluster_room,
+)
 from flute_vllm.tuning.problem import ProblemBase
 
 WARPGROUPS = {16: (8, 4), 32: (8, 4), 64: (4,), 128: (4,)}  # of a block, compiled for columns
@@ -107,10 +114,9 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
         problem.pair
         or config.row_tiles != PREFILL_TILES
         or config.row_groups != PREFILL_GROUPS
-        or config.splits not in (SPREAD, 1, 2, 4)
+        or config.splits not in (SPREAD, 1, 2)
         or not 1 <= config.stages <= PREFILL_STAGES
         or not 3 <= config.x_stages <= PREFILL_STAGES
-        or (config.splits > 1 and sums > x_bytes)
         or total > device.shared_bytes
     ):
         return None
@@ -170,13 +176,17 @@ def launch(
     high = before + TABLE_BYTES + config.k_groups * config.x_stages * config.columns * TILE_K * 2
     warps = 4 * config.warpgroups
     low = min(warps, (before - config.barrier_bytes) // region)
+    ranks = config.splits * (2 if gated else 1)
+    quads = min(config.columns, problem.m) * config.row_tiles * (TILE_ROWS // 4)
     sums = config.barrier_bytes + warps * config.columns * (TILE_ROWS + 4) * 4
+    sums += cluster_room(quads, 32 * warps, 16, ranks)
     total = max(high + (warps - low) * region, sums)
+    total += CLUSTER_BARRIER_BYTES if ranks > 1 else 0
     if total > device.shared_bytes:
         return None
     x_tiles = math.ceil(problem.m / config.columns)
     blocks = _blocks_of_rows(problem, config) * x_tiles * config.splits
-    return Launch(blocks, total, config.splits * (2 if gated else 1))
+    return Launch(blocks, total, ranks)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
@@ -205,7 +215,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
     """Configs worth a look, incomplete: blocks that fill the device a whole number of times."""
     tiles = sum(problem.part_tiles)
     if problem.m > 128:
-        for columns, splits in itertools.product(PREFILL_COLUMNS, (SPREAD, 1, 2, 4)):
+        for columns, splits in itertools.product(PREFILL_COLUMNS, (SPREAD, 1, 2)):
             config = Config(columns, PREFILL_GROUPS, PREFILL_TILES, PREFILL_GROUPS, splits)
             _, left, cluster = _prefill_rounds(problem, config, device)
             if (left > 0) if splits == SPREAD else splits in (1, cluster):

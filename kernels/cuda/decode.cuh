@@ -13,6 +13,7 @@
 
 #include "activation.cuh"
 #include "ahead.cuh"
+#include "cluster_sums.cuh"
 #include "decode_operands.cuh"
 
 namespace flute {
@@ -37,6 +38,8 @@ struct DecodeParams {
   int x_offset;                                // of all x tiles, from the start of shared memory
   int first_region, low_regions, high_region;  // regions below the table, then those behind it
   int full_regions;                            // of a small block; the others have a slot less
+  int ranks_log2;                              // blocks of a cluster
+  int room_offset;                             // where sums of the cluster's other blocks come
   int first_block[FLUTE_MAX_PARTS + 1];        // of each part
   Parts parts;
   Ahead ahead;
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   const BlockRows block(p, row_block(p, blockIdx.x >> p.splits_log2));
 
   // Shared memory: barriers, x tiles, zeros, some warps' regions | table | the other regions. Of a
-  // small block: barriers | table and x | regions.
+  // small block: barriers | table and x | regions. Then room for sums of other blocks.
   const uint32_t base = shared_address(shared);
   const uint32_t table = Shape::kSmall ? base - kSharedReserved + kSmallTable
                                        : (base + table_alignment(kWideTable) - 1) &
@@ -132,10 +135,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
     XTile<Shape>::request(p.x, p.m, p.k, x_tile, x_barrier, k_tile,
                           min(Shape::kDepth, end - k_tile), row_warp, p.row_warps, lane);
   };
+#if FLUTE_HAS_BULK
+  if (p.ranks_log2 > 0) {
+    if (thread == 0) barrier_init(base + p.room_offset, 1);
+    barrier_init_fence();
+    cluster_arrive();
+  }
+#endif
   if (p.row_warps > 1) __syncthreads();  // barriers of other warps
 #if FLUTE_HAS_BULK
-  allow_next_launch();
   wait_for_previous_launch();
+  allow_next_launch();
 #endif
   if (steps > 0) request_x(0);
   ring.start(early, ring.slots, lane);
@@ -229,64 +239,60 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
     if (r < rows) store_partial<Shape>(partials_of(warp) + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
-  // Half a warp sums a column of 16 rows at a time; `write` takes it.
-  auto for_each_output = [&](auto write) {
-    const int row16 = thread % 16;
-#pragma unroll 1
-    for (int unit = thread / 16; unit < p.m * p.row_tiles; unit += Shape::kThreads / 16) {
-      const int m = divide(unit, p.row_tiles_inverse), tile = unit - m * p.row_tiles;
-      const int row = tile * kTileRows + row16;
-      if (row >= block.rows) continue;
-      const int group = divide(tile, p.rows_each_inverse);
-      const uint32_t at =
-          (tile - group * p.rows_each) * Shape::kPartialTile + (m * kPartialColumn + row16) * 4;
-      float sum = 0;
-#pragma unroll 1
-      for (int i = 0; i < p.k_warps; i += 4) {
-        float part[4];  // loaded together, added in order
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-          part[j] = i + j < p.k_warps
-                        ? load_shared_float(partials_of((group << p.k_warps_log2) + i + j) + at)
-                        : 0;
-        sum = sum + part[0] + part[1] + part[2] + part[3];
-      }
-      write(m, row, sum);
-    }
-  };
-  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row - half * p.n;
-  auto write_y = [&](int m, int row, float sum) {
-    y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
-  };
-  if (p.splits == 1 && !p.activation) {
-    for_each_output(write_y);
-    return;
-  }
-#if FLUTE_HAS_BULK
-  // Then over the blocks of the cluster, in theirs; each writes a share of y. The block's sums take
-  // the place of what is no longer needed: the table, or a small block's regions.
+  // Sum i of this block: row i % stride of w and i / stride of x. Half a warp sums a column of 16
+  // rows over the warps; then those of the cluster's blocks are added, gate's before up's.
   const int stride = p.row_tiles * kTileRows;
-  const uint32_t block_sums = Shape::kSmall ? base + p.high_region : table;
-  for_each_output([&](int m, int row, float sum) {
-    store_shared_float(block_sums + (m * stride + row) * 4, sum);
-  });
-  cluster_sync();
-  const int ranks = p.activation ? 2 * p.splits : p.splits;  // of a cluster, gate's before up's
+  auto sum_of = [&](int i, int m) {
+    const int tile = i / kTileRows - m * p.row_tiles, group = divide(tile, p.rows_each_inverse);
+    const uint32_t at = (tile - group * p.rows_each) * Shape::kPartialTile +
+                        (m * kPartialColumn + i % kTileRows) * 4;
+    float sum = 0;
 #pragma unroll 1
-  for (int i = (half * p.splits + split) * Shape::kThreads + thread; i < p.m * stride;
-       i += Shape::kThreads * ranks) {
-    const int unit = i / 16, m = divide(unit, p.row_tiles_inverse), row = i - m * stride;
-    if (row >= block.rows) continue;
-    auto sum_from = [&](int first) {
-      float sum = 0;
-      for (int rank = first; rank < first + p.splits; rank++)
-        sum += load_cluster_float(block_sums + i * 4, rank);
-      return sum;
-    };
-    const float sum = sum_from(0);
-    write_y(m, row, p.activation ? activate(p.activation, sum, sum_from(p.splits)) : sum);
+    for (int j = 0; j < p.k_warps; j += 4) {
+      float part[4];  // loaded together, added in order
+#pragma unroll
+      for (int l = 0; l < 4; l++)
+        part[l] = j + l < p.k_warps
+                      ? load_shared_float(partials_of((group << p.k_warps_log2) + j + l) + at)
+                      : 0;
+      sum = sum + part[0] + part[1] + part[2] + part[3];
+    }
+    return sum;
+  };
+  auto column_of = [&](int i) { return divide(i / kTileRows, p.row_tiles_inverse); };
+  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row - half * p.n;
+#if FLUTE_HAS_BULK
+  const int ranks = 1 << p.ranks_log2, rank = blockIdx.x & (ranks - 1);
+  const ClusterSums<float, Shape::kThreads> cluster{base + p.room_offset,
+                                                    base + p.room_offset + kClusterBarrierBytes,
+                                                    p.m * stride, p.ranks_log2, rank};
+  if (ranks > 1) {
+    cluster_wait();
+    cluster.send([&](int i) { return sum_of(i, column_of(i)); });
   }
-  cluster_sync();  // no block leaves while another reads its sums
+  cluster.finish([&](int i, auto part) {
+    const int m = column_of(i), row = i - m * stride;
+    if (row >= block.rows) return;
+    const float own = sum_of(i, m);
+    float sum = own, gate = 0;
+    cluster.wait();
+#pragma unroll 1
+    for (int from = 0; from < ranks && ranks > 1; from++) {
+      const float other = from == rank ? own : part(from);
+      const bool up = from == p.splits;
+      if (up) gate = sum;
+      sum = from == 0 || up ? other : sum + other;
+    }
+    if (p.activation) sum = activate(p.activation, gate, sum);
+    y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
+  });
+#else
+#pragma unroll 1
+  for (int i = thread; i < p.m * stride; i += Shape::kThreads) {
+    const int m = column_of(i), row = i - m * stride;
+    if (row < block.rows)
+      y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum_of(i, m));
+  }
 #endif
 }
 

@@ -9,34 +9,39 @@ namespace flute {
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
-  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, full_regions, total;
+  int x_bytes, x_offset, region_bytes, first_region, low_regions, high_region, full_regions;
+  int room_offset, total;
 };
 
 // A small block: its barriers, the table with x in it, a region for each warp. Where not all of
-// them have room for `slots` requests, the last ones have one less.
+// them have room for `slots` requests, the last ones have one less. `room`: for sums of others.
 template <typename Shape>
-SharedPlan plan_small(const FluteDecodeConfig& config, int m, bool shares_sums, int limit) {
+SharedPlan plan_small(const FluteDecodeConfig& config, int room, int limit) {
   SharedPlan plan{};
   plan.high_region = kSmallTable - kSharedReserved + table_bytes(true);
   plan.region_bytes = config.slots * Shape::kSlot;
   const int lacking =
-      plan.high_region + Shape::kWarps * plan.region_bytes - limit + Shape::kSlot - 1;
+      plan.high_region + Shape::kWarps * plan.region_bytes + room - limit + Shape::kSlot - 1;
   const int shorter = lacking < Shape::kSlot ? 0 : lacking / Shape::kSlot;
   plan.full_regions = Shape::kWarps - shorter;
-  plan.total = plan.high_region + Shape::kWarps * plan.region_bytes - shorter * Shape::kSlot;
+  plan.room_offset =
+      plan.high_region + Shape::kWarps * plan.region_bytes - shorter * Shape::kSlot;
+  plan.total = plan.room_offset + room;
   const int least = plan.region_bytes - (shorter > 0 ? Shape::kSlot : 0);
-  const int sums = shares_sums ? config.row_tiles * kTileRows * m * 4 : 0;
-  if (shorter >= Shape::kWarps || least < Shape::kSlot || plan.high_region + sums > plan.total)
-    plan.total = -1;
+  if (shorter >= Shape::kWarps || least < Shape::kSlot) plan.total = -1;
   return plan;
 }
 
 // Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table
-// where there is no room before it. `shares_sums`: the blocks of a cluster read each other's.
+// where there is no room before it. At last room for the sums of a cluster of 2^`ranks_log2`.
 template <typename Shape>
-SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool shares_sums, bool wide,
+SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int ranks_log2, bool wide,
                        int limit) {
-  if constexpr (Shape::kSmall) return plan_small<Shape>(config, m, shares_sums, limit);
+  const int room = ranks_log2 == 0 ? 0
+                                   : kClusterBarrierBytes +
+                                         cluster_room(m * config.row_tiles * kTileRows,
+                                                      Shape::kThreads, sizeof(float), ranks_log2);
+  if constexpr (Shape::kSmall) return plan_small<Shape>(config, room, limit);
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
   const int ring = config.slots * Shape::kSlot, partial = rows_each * Shape::kPartialTile;
   SharedPlan plan{};
@@ -55,9 +60,9 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, bool shares_sums,
   }
   plan.low_regions = (before - plan.first_region) / plan.region_bytes;
   if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
-  const int sums = shares_sums ? config.row_tiles * kTileRows * m * 4 : 0;
-  plan.total = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
-  if (sums > table_bytes(wide) || plan.total > limit) plan.total = -1;
+  plan.room_offset = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
+  plan.total = plan.room_offset + room;
+  if (plan.total > limit) plan.total = -1;
   return plan;
 }
 
@@ -80,8 +85,9 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   if (const int error = device.prepare(decode_kernel<Shape>, versions)) return error;
   const int version = device.ptx_version;
   const bool wide = has_wide_table(version), hopper = version >= 90;
-  const bool gated = is_gated(matrix), shares_sums = gated || config.splits > 1;
-  if ((shares_sums && !hopper) || (gated && !can_gate(matrix, config.splits))) return kBadConfig;
+  const bool gated = is_gated(matrix);
+  const int ranks_log2 = log2_of(config.splits) + gated;
+  if ((ranks_log2 > 0 && !hopper) || (gated && !can_gate(matrix, config.splits))) return kBadConfig;
   if (Shape::kSmall && !(hopper && wide)) return kBadConfig;
 
   SharedPlan plan;
@@ -94,10 +100,10 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
       config.slots--;
-      plan = plan_shared<Shape>(config, m, shares_sums, wide, limit);
+      plan = plan_shared<Shape>(config, m, ranks_log2, wide, limit);
     } while (plan.total < 0 && config.slots > least_slots);
   } else {
-    plan = plan_shared<Shape>(config, m, shares_sums, wide, limit);
+    plan = plan_shared<Shape>(config, m, ranks_log2, wide, limit);
   }
   if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots) return kBadConfig;
 
@@ -131,6 +137,8 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       plan.low_regions,
                       plan.high_region,
                       plan.full_regions,
+                      ranks_log2,
+                      plan.room_offset,
                       {},
                       Parts(matrix)};
   for (int i = 0; i < matrix.parts; i++)
@@ -142,7 +150,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
       make_ahead(ahead, blocks * config.splits, device.multiprocessors * (Shape::kSmall ? 2 : 1));
 
   return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
-                       plan.total, gated ? 2 * config.splits : config.splits,
+                       plan.total, 1 << ranks_log2,
                        config.overlap && hopper, stream, params);
 }
 

@@ -221,16 +221,11 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
-
-// The two halves of cluster_sync, for blocks that have work in between or nothing to wait for.
+// All threads of a cluster arrive; who needs to know that all have begun, waits. Barriers that
+// other blocks will use are initialized before, and barrier_init_fence called: a releasing arrival
+// would wait for all stores and copies under way.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -260,6 +255,14 @@ __device__ __forceinline__ void store_cluster_async(uint32_t remote, float4 v,
       : "memory");
 }
 
+__device__ __forceinline__ void store_cluster_async(uint32_t remote, float v,
+                                                    uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote),
+      "f"(v), "r"(remote_barrier)
+      : "memory");
+}
+
 // As barrier_wait, for what other blocks of the cluster did before they arrived.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -270,35 +273,6 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
-}
-
-// A float of the shared memory of block `rank` of this cluster.
-__device__ __forceinline__ float load_cluster_float(uint32_t address, uint32_t rank) {
-  float value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n"
-      "}\n"
-      : "=f"(value)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return value;
-}
-
-__device__ __forceinline__ float4 load_cluster_float4(uint32_t address, uint32_t rank) {
-  float4 v;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
-      "}\n"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return v;
 }
 
 // A word that tells other blocks of the device that what was written before it is there.
@@ -413,6 +387,9 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
 
 __device__ __forceinline__ void add(float4& a, float4 b) {
   a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+}
+__device__ __forceinline__ void add(float& a, float b) {
+  a += b;
 }
 
 // Two floats as a word of 16-bit floats, the first in the low half.

@@ -14,6 +14,7 @@
 
 #include "activation.cuh"
 #include "ahead.cuh"
+#include "cluster_sums.cuh"
 #include "sm90_products.cuh"
 
 namespace flute {
@@ -45,12 +46,14 @@ struct Sm90Params {
   int row_tiles;                       // 16-row tiles of a block
   int row_groups_log2, k_groups_log2;  // of warpgroups
   int splits_log2;
+  int ranks_log2;                 // blocks of a cluster
   uint32_t row_tiles_inverse;     // see divide
   int stages, early;              // of weights; requested before the previous kernel ends
   int x_stages, x_lag;            // of x; refilled so many k tiles after their use
   int x_offset;                   // of the first stage of x, behind the table
   int region_bytes, low_regions;  // rings of the warps below the table, then those
   int high_region;                // behind x, from the start of shared memory
+  int cluster_barriers;           // behind all: others have room for sums, theirs have come
   int first_block[FLUTE_MAX_PARTS + 1];
   Parts parts;
   Ahead ahead;
@@ -89,8 +92,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int begin = block_begin + (block_length * k_group >> p.k_groups_log2);
   const int k_tiles = block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin;
 
-  // Shared memory: barriers | some warps' rings | table | x, the other rings. Later partial sums,
-  // but never over the barriers.
+  // Shared memory: barriers | some warps' rings | table | x, the other rings. Where sums are shared,
+  // all of it but the barriers is used anew: each warp's sums | room for those of other blocks.
   const uint32_t base = shared_address(shared);
   const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
@@ -134,8 +137,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   for (int i = 0; i < p.early; i++) ring.request(p.records, i);
   TableFill<Shape::kBits, Shape::kThreads> fill;
   fill.load(p.table + static_cast<int64_t>(block.part) * p.table_bytes, p.pair_table);
-  allow_next_launch();
+  if (p.ranks_log2 > 0) {
+    if (thread == 0) {
+      barrier_init(base + p.cluster_barriers, (1 << p.ranks_log2) - 1);
+      barrier_init(base + p.cluster_barriers + 8, 1);
+      barrier_init_fence();
+    }
+    cluster_arrive();
+  }
   wait_for_previous_launch();
+  allow_next_launch();
   if (brings_x) x.start();
 #pragma unroll 1
   for (int i = p.early; i < p.stages; i++) ring.request(p.records, i);
@@ -190,31 +201,56 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // place be used otherwise only once it has been invalidated. Sums that lay there were NaN at
   // times while other processes used the GPU (NOTES.md).
   constexpr int kPartialBytes = sm90_partial_bytes(Shape::kColumns);
+  const uint32_t has_room = base + p.cluster_barriers;
   const uint32_t partials = base + sm90_barrier_bytes(Shape::kWarpgroups);
   auto partial = [&](int w) { return partials + w * kPartialBytes; };
+  const int ranks = 1 << p.ranks_log2, rank = blockIdx.x & (ranks - 1);
   __syncthreads();
+  if (ranks > 1 && warp == 0) {
+    cluster_wait();  // the others have begun
+    if (lane < ranks && lane != rank) cluster_barrier_arrive(cluster_address(has_room, lane));
+  }
   if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
   __syncthreads();
 
-  // Four rows of a column at a time. `rank`: this block's share of the work, of `ranks`.
-  auto for_each_quad = [&](int rank, int ranks, auto visit) {
-#pragma unroll 1
-    for (int i = rank * Shape::kThreads + thread; i < columns * p.row_tiles * 4;
-         i += ranks * Shape::kThreads) {
-      const int unit = i / 4, column = divide(unit, p.row_tiles_inverse);
-      const int tile = unit - column * p.row_tiles, row = tile * kTileRows + i % 4 * 4;
-      if (row >= block.rows) continue;
-      const uint32_t from = partial((tile / 4 << p.k_groups_log2) * 4 + tile % 4);
-      visit(column, row, from + (column * (kTileRows + kPartialPad) + i % 4 * 4) * 4);
-    }
-  };
-  auto sum_of_groups = [&](uint32_t at) {
+  // Sum i: four rows of a column, of all k groups. Then of the cluster's blocks, gate's before up's.
+  const ClusterSums<float4, Shape::kThreads> cluster{
+      has_room + 8, partials + 4 * Shape::kWarpgroups * kPartialBytes,
+      columns * p.row_tiles * (kTileRows / 4), p.ranks_log2, rank};
+  auto column_of = [&](int i) { return divide(i / 4, p.row_tiles_inverse); };
+  auto sum_of = [&](int i, int column) {
+    const int tile = i / 4 - column * p.row_tiles;
+    const uint32_t at = partial((tile / 4 << p.k_groups_log2) * 4 + tile % 4) +
+                        (column * (kTileRows + kPartialPad) + i % 4 * 4) * 4;
     float4 sum = load_shared_float4(at);
-    for (int i = 1; i < k_groups; i++) add(sum, load_shared_float4(at + i * 4 * kPartialBytes));
+#pragma unroll 1
+    for (int j = 1; j < k_groups; j++) add(sum, load_shared_float4(at + j * 4 * kPartialBytes));
     return sum;
   };
+  if (ranks > 1) {
+    barrier_wait_cluster(has_room, 0);
+    cluster.send([&](int i) { return sum_of(i, column_of(i)); });
+  }
   const bool aligned = ((p.n | first_row) & 3) == 0;
-  auto write_y = [&](int column, int row, float4 sum) {
+  cluster.finish([&](int i, auto part) {
+    const int column = column_of(i), row = i * 4 - column * p.row_tiles * kTileRows;
+    if (row >= block.rows) return;
+    const float4 own = sum_of(i, column);
+    float4 sum = own, gate = {};
+    cluster.wait();
+#pragma unroll 1
+    for (int from = 0; from < ranks && ranks > 1; from++) {
+      const float4 other = from == rank ? own : part(from);
+      if (from == splits) gate = sum;
+      if (from == 0 || from == splits)
+        sum = other;
+      else
+        add(sum, other);
+    }
+    if (p.activation) {
+      sum.x = activate(p.activation, gate.x, sum.x), sum.y = activate(p.activation, gate.y, sum.y);
+      sum.z = activate(p.activation, gate.z, sum.z), sum.w = activate(p.activation, gate.w, sum.w);
+    }
     T* to = y + static_cast<int64_t>(column) * p.n + row;
     if (aligned && row + 4 <= block.rows) {
       *reinterpret_cast<uint2*>(to) =
@@ -222,34 +258,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       return;
     }
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-    for (int i = 0; i < 4 && row + i < block.rows; i++) to[i] = narrow<T>(values[i]);
-  };
-  if (splits == 1 && !p.activation) {
-    for_each_quad(
-        0, 1, [&](int column, int row, uint32_t at) { write_y(column, row, sum_of_groups(at)); });
-    return;
-  }
-  // Over the k groups in place, then over the blocks of the cluster, of which each writes a share.
-  if (k_groups > 1)
-    for_each_quad(0, 1, [&](int, int, uint32_t at) { store_shared_float4(at, sum_of_groups(at)); });
-  cluster_sync();
-  const int ranks = p.activation ? 2 * splits : splits;  // of a cluster, gate's before up's
-  for_each_quad(half * splits + split, ranks, [&](int column, int row, uint32_t at) {
-    auto sum_from = [&](int first) {
-      float4 sum = load_cluster_float4(at, first);
-      for (int rank = first + 1; rank < first + splits; rank++)
-        add(sum, load_cluster_float4(at, rank));
-      return sum;
-    };
-    float4 sum = sum_from(0);
-    if (p.activation) {
-      const float4 up = sum_from(splits);
-      sum.x = activate(p.activation, sum.x, up.x), sum.y = activate(p.activation, sum.y, up.y);
-      sum.z = activate(p.activation, sum.z, up.z), sum.w = activate(p.activation, sum.w, up.w);
-    }
-    write_y(column, row, sum);
+    for (int j = 0; j < 4 && row + j < block.rows; j++) to[j] = narrow<T>(values[j]);
   });
-  cluster_sync();  // no block leaves while another reads its sums
 #endif
 }
 

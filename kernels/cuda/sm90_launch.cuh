@@ -15,10 +15,12 @@ struct Sm90Shared {
   int x_offset, region_bytes, low_regions, high_region, total;
 };
 
-// Barriers | some rings | the table | x and the other rings. The partial sums come over all that
-// but the barriers.
+// Barriers | some rings | the table | x and the other rings. The partial sums, of `columns`
+// rows of x, and those of the cluster's other blocks come over all that but the barriers. At
+// last the barriers of a cluster: before the rings they would move them off their lines.
 template <typename Shape>
-Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
+Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int columns, int ranks_log2,
+                            int limit) {
   constexpr int kWarps = Shape::kWarpgroups * 4;
   const int k_groups = Shape::kWarpgroups / config.row_groups;
   Sm90Shared plan;
@@ -29,9 +31,12 @@ Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int limit) {
   plan.low_regions = (before - sm90_barrier_bytes(Shape::kWarpgroups)) / plan.region_bytes;
   if (plan.low_regions > kWarps) plan.low_regions = kWarps;
   plan.total = plan.high_region + (kWarps - plan.low_regions) * plan.region_bytes;
-  const int sums =
-      sm90_barrier_bytes(Shape::kWarpgroups) + kWarps * sm90_partial_bytes(Shape::kColumns);
+  const int sums = sm90_barrier_bytes(Shape::kWarpgroups) +
+                   kWarps * sm90_partial_bytes(Shape::kColumns) +
+                   cluster_room(columns * config.row_tiles * (kTileRows / 4), Shape::kThreads,
+                                sizeof(float4), ranks_log2);
   if (sums > plan.total) plan.total = sums;
+  if (ranks_log2 > 0) plan.total += kClusterBarrierBytes;
   if (plan.total > limit) plan.total = -1;
   return plan;
 }
@@ -59,7 +64,9 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   static std::atomic<int> prepared[kMaxDevices];
   if (const int error = device.prepare(sm90_gemm_kernel<Shape>, prepared)) return error;
   if (device.ptx_version != 90) return kBadConfig;
-  const Sm90Shared plan = plan_sm90_shared<Shape>(config, device.shared_limit);
+  const Sm90Shared plan = plan_sm90_shared<Shape>(
+      config, m < Shape::kColumns ? m : Shape::kColumns, log2_of(splits) + gated,
+      device.shared_limit);
   if (plan.total < 0) return kBadConfig;
 
   Sm90Params params{};
@@ -74,7 +81,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.row_tiles = config.row_tiles;
   params.row_groups_log2 = log2_of(groups),
   params.k_groups_log2 = log2_of(Shape::kWarpgroups / groups);
-  params.splits_log2 = log2_of(splits);
+  params.splits_log2 = log2_of(splits), params.ranks_log2 = log2_of(splits) + gated;
   params.row_tiles_inverse = inverse_of(config.row_tiles);
   params.stages = config.stages;
   params.early = config.overlap < config.stages ? config.overlap : config.stages;
@@ -82,6 +89,7 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   params.x_lag = groups > 1 && config.x_stages > 2 ? 1 : 0;
   params.x_offset = plan.x_offset, params.region_bytes = plan.region_bytes;
   params.low_regions = plan.low_regions, params.high_region = plan.high_region;
+  params.cluster_barriers = plan.total - kClusterBarrierBytes;
   for (int i = 0; i < matrix.parts; i++)
     params.first_block[i + 1] =
         params.first_block[i] +

@@ -202,7 +202,6 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   }
   __syncthreads();
   if (p.splits_log2 > 0) cluster_arrive();
-  allow_next_launch();
 
   if (group == kPrefillGroups) {
     give_registers<24>();
@@ -212,6 +211,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     } else if (job == kPrefillGroups) {
       tensor_map_prefetch(&x_map);
       wait_for_previous_launch();
+      allow_next_launch();
       bring_x<Shape>(p, &x_map, barriers, x_at);
     }
     return;
