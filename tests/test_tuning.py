@@ -56,15 +56,26 @@ def test_environment_wins_where_it_is_legal():
 def test_shared_memory_of_small_blocks():
     """By hand, as plan_small of decode_launch.cuh: 1280 bytes before a table of 64 KiB; half of a
     multiprocessor's 228 KiB less the system's share is 115,712."""
-    one = tuning.Problem(4096, 4096, 1, 4, 128)  # a request: two records of 1056 bytes
-    for slots, expected in ((2, 66816 + 16 * 2112), (3, 66816 + 23 * 2112)):
+    # A request: two records of 1056 bytes, and room to begin anywhere in a line: 18 lines.
+    one = tuning.Problem(4096, 4096, 1, 4, 128)
+    for slots, expected in ((2, 66816 + 16 * 2304), (3, 66816 + 21 * 2304)):
         config = tuning.Config(2, 1, 1, slots, tuning.SMALL_WARPS)
         assert tuning.launch(one, config, tuning.H200).shared_bytes == expected
     assert tuning.launch(one, tuning.Config(2, 1, 1, 4, 8), tuning.H200) is None
-    two_bits = tuning.Problem(4096, 4096, 1, 2, 128)  # 1088 bytes a request
+    two_bits = tuning.Problem(4096, 4096, 1, 2, 128)  # 1088 bytes a request: 10 lines
     config = tuning.complete(two_bits, tuning.Config(2, warps=8), tuning.H200)
-    assert config.slots == 6
-    assert tuning.launch(two_bits, config, tuning.H200).shared_bytes == 66816 + 44 * 1088
+    assert config.slots == 5
+    assert tuning.launch(two_bits, config, tuning.H200).shared_bytes == 66816 + 38 * 1280
+
+
+def test_a_cluster_has_room_for_its_sums():
+    """60 row tiles by 8 rows of x are 7,680 sums: of 30 turns of 256 threads, 15 for each block."""
+    problem = tuning.Problem(4096, 4096, 8, 4, 128)
+    alone, pair = (
+        tuning.launch(problem, tuning.Config(60, 8, splits, 1, 8), tuning.H200)
+        for splits in (1, 2)
+    )
+    assert pair.shared_bytes - alone.shared_bytes == 16 + 15 * 256 * 4
 
 
 @pytest.mark.parametrize(
@@ -75,7 +86,6 @@ def test_shared_memory_of_small_blocks():
         (1, ADA, tuning.Config(2, 1, 1, 2, 8)),
         (1, tuning.H200, tuning.Config(16, 16, 1, 2, 8)),  # more groups than warps
         (1, tuning.H200, tuning.Config(2, 1, 1, 2, 12)),
-        (8, tuning.H200, tuning.Config(60, 8, 2, 1, 8)),  # sums of a cluster beside the table
     ],
 )
 def test_launches_of_small_blocks_that_are_refused(m, device, config):

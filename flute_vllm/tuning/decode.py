@@ -29,6 +29,8 @@ from flute_vllm.tuning.device import (
     Device,
     cluster_room,
     measured,
+    slot_stride,
+    whole_lines,
 )
 from flute_vllm.tuning.problem import ProblemBase
 
@@ -57,6 +59,11 @@ class Problem(ProblemBase):
     def depth(self) -> int:
         """k tiles of one request."""
         return 2 if self.width == 8 else 1
+
+    @property
+    def slot_stride(self) -> int:
+        """Shared memory for one."""
+        return slot_stride(self.depth * self.record_bytes, self.record_bytes)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def small_shared_bytes(
     """
     if device.capability < 90 or not device.wide_table or problem.width > 8:
         return None
-    slot = problem.depth * problem.record_bytes
+    slot = problem.slot_stride
     half = (device.shared_bytes + SHARED_RESERVED) // 2 - SHARED_RESERVED
     whole = SMALL_TABLE_AT + table_bytes(device) + SMALL_WARPS * config.slots * slot
     whole += room_bytes(problem, config, ranks)
@@ -132,7 +139,7 @@ def small_shared_bytes(
 def shared_bytes(problem: Problem, config: Config, device: Device, ranks: int = 1) -> int:
     """As plan_shared in decode_launch.cuh. ``ranks``: blocks of a cluster."""
     partial = config.rows_each * problem.width * 20 * 4
-    region = max(config.slots * problem.depth * problem.record_bytes, partial)
+    region = max(config.slots * problem.slot_stride, partial)
     before = (0x10000 if device.wide_table else 0x8000) - SHARED_RESERVED
     table = table_bytes(device)
     x = config.k_warps * problem.depth * problem.m * X_ROW_BYTES
@@ -141,6 +148,7 @@ def shared_bytes(problem: Problem, config: Config, device: Device, ranks: int = 
         first += x
     else:
         high += x
+    first, high = whole_lines(first), whole_lines(high)
     low = min(WARPS, (before - first) // region)
     return high + (WARPS - low) * region + room_bytes(problem, config, ranks)
 
@@ -227,7 +235,7 @@ def efficiency(problem: Problem, config: Config, device: Device) -> float:
     x_loads = {8: 0.07, 16: 0.15, 32: 0.3}[problem.width] / config.rows_each
     x_reads = 0.03 * problem.m / config.row_tiles
     cost = (
-        {1: 1.0, 2: 0.98, 4: 0.9}[config.splits]
+        {1: 1.0, 2: 1.0, 4: 0.94}[config.splits]
         - 0.03 * (waves - 1)
         - 0.01 * math.log2(config.row_warps)
     )

@@ -260,7 +260,7 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
             blocks = _spread_blocks(problem, config, device)
             pieces = blocks / left if left and not whole else 1  # of a tile; one block adds them up
             return (whole + left / blocks) * tile + 20000 + 2000 * max(0.0, pieces - 2)
-        return (whole + (left > 0) / cluster) * tile + 6000 + (6000 if cluster > 1 else 0)
+        return (whole + (left > 0) / cluster) * tile + 6000 + (4000 if cluster > 1 else 0)
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
@@ -269,7 +269,7 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     tile, alone, ends = _warpgroup_clocks(config)
     busy = tiles64 * config.k_groups * k_each * tile
     alone *= rounds * k_each
-    ends += 1500 * math.log2(config.splits) + 300 * config.k_groups
+    ends += 700 * math.log2(config.splits) + 300 * config.k_groups
     stored = problem.n * problem.k_tiles * problem.record_bytes / 16
     memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)

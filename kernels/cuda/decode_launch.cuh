@@ -13,22 +13,26 @@ struct SharedPlan {
   int room_offset, total;
 };
 
+inline int whole_lines(int bytes) {
+  return ceil_div(bytes, kLine) * kLine;
+}
+
 // A small block: its barriers, the table with x in it, a region for each warp. Where not all of
 // them have room for `slots` requests, the last ones have one less. `room`: for sums of others.
 template <typename Shape>
 SharedPlan plan_small(const FluteDecodeConfig& config, int room, int limit) {
   SharedPlan plan{};
   plan.high_region = kSmallTable - kSharedReserved + table_bytes(true);
-  plan.region_bytes = config.slots * Shape::kSlot;
+  plan.region_bytes = config.slots * Shape::kStride;
   const int lacking =
-      plan.high_region + Shape::kWarps * plan.region_bytes + room - limit + Shape::kSlot - 1;
-  const int shorter = lacking < Shape::kSlot ? 0 : lacking / Shape::kSlot;
+      plan.high_region + Shape::kWarps * plan.region_bytes + room - limit + Shape::kStride - 1;
+  const int shorter = lacking < Shape::kStride ? 0 : lacking / Shape::kStride;
   plan.full_regions = Shape::kWarps - shorter;
   plan.room_offset =
-      plan.high_region + Shape::kWarps * plan.region_bytes - shorter * Shape::kSlot;
+      plan.high_region + Shape::kWarps * plan.region_bytes - shorter * Shape::kStride;
   plan.total = plan.room_offset + room;
-  const int least = plan.region_bytes - (shorter > 0 ? Shape::kSlot : 0);
-  if (shorter >= Shape::kWarps || least < Shape::kSlot) plan.total = -1;
+  const int least = plan.region_bytes - (shorter > 0 ? Shape::kStride : 0);
+  if (shorter >= Shape::kWarps || least < Shape::kStride) plan.total = -1;
   return plan;
 }
 
@@ -43,7 +47,7 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int ranks_log2, b
                                                       Shape::kThreads, sizeof(float), ranks_log2);
   if constexpr (Shape::kSmall) return plan_small<Shape>(config, room, limit);
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  const int ring = config.slots * Shape::kSlot, partial = rows_each * Shape::kPartialTile;
+  const int ring = config.slots * Shape::kStride, partial = rows_each * Shape::kPartialTile;
   SharedPlan plan{};
   plan.x_bytes = Shape::kDepth * m * kXRow;
   plan.region_bytes = ring > partial ? ring : partial;
@@ -58,6 +62,8 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int ranks_log2, b
     plan.x_offset = plan.high_region;
     plan.high_region += x_total;
   }
+  plan.first_region = whole_lines(plan.first_region);
+  plan.high_region = whole_lines(plan.high_region);
   plan.low_regions = (before - plan.first_region) / plan.region_bytes;
   if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
   plan.room_offset = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;

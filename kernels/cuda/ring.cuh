@@ -48,6 +48,10 @@ struct TileRing {
   int rows, row, k_left, slots;
   int slot;
   uint32_t phase;
+  // A slot's records begin where they do within a line of global memory: `origin` has the low bits
+  // of the first one's address. Row tiles that are no whole lines apart would take too many
+  // instructions; `line` is then 0.
+  uint32_t origin, line;
   bool ready;  // the current slot is known to be filled
 #if FLUTE_HAS_BULK
   uint64_t policy;
@@ -55,7 +59,8 @@ struct TileRing {
 
   __device__ __forceinline__ void request(int at, int lane) {
     if (k_left <= 0) return;
-    const uint32_t to = slots_at + at * Shape::kSlot, barrier = barriers + at * 8;
+    const uint32_t barrier = barriers + at * 8;
+    const uint32_t to = slots_at + at * Shape::kStride + (low_bits(next) & line);
     const int bytes = Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
 #if FLUTE_HAS_BULK
     if (lane == 0) bulk_copy(to, next, bytes, barrier, policy);
@@ -66,14 +71,21 @@ struct TileRing {
     next += row_step;
     if (++row == rows) row = 0, next += back + Shape::kSlot, k_left -= Shape::kDepth;
   }
+  __device__ __forceinline__ void start_at(const uint8_t* first) {
+    next = first, origin = low_bits(first), line = row_step % kLine == 0 ? kLine - 1 : 0;
+  }
+  static __device__ __forceinline__ uint32_t low_bits(const uint8_t* pointer) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer));
+  }
   // Fills slots `from` .. `to` - 1.
   __device__ __forceinline__ void start(int from, int to, int lane) {
 #pragma unroll 1
     for (int i = from; i < to; i++) request(i, lane);
   }
-  __device__ __forceinline__ uint32_t wait() const {
+  // For the records of a step.
+  __device__ __forceinline__ uint32_t wait(int step) const {
     if (!ready) barrier_wait(barriers + slot * 8, phase);
-    return slots_at + slot * Shape::kSlot;
+    return slots_at + slot * Shape::kStride + ((origin + step * Shape::kSlot) & line);
   }
   // Asks early whether the next slot is filled: the answer takes as long as a few table loads.
   __device__ __forceinline__ void look_ahead() {

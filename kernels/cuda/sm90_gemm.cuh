@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   T* y = static_cast<T*>(p.y) + static_cast<int64_t>(column0) * p.n + first_row;
   const int columns = min(Shape::kColumns, p.m - column0);
   // Nobody else has a share in its sums, or needs them.
-  const bool alone = splits == 1 && k_groups == 1 && !p.activation;
+  const bool alone = p.ranks_log2 == 0 && p.k_groups_log2 == 0;
   for (int round = 0; round < rounds && rows > 0; round++) {
     if (round == rows) {  // the other warpgroups still share x with this one
       for (int i = 0; i < k_tiles; i++) x.release(x.take(), lane, brings_x);
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t has_room = base + p.cluster_barriers;
   const uint32_t partials = base + sm90_barrier_bytes(Shape::kWarpgroups);
   auto partial = [&](int w) { return partials + w * kPartialBytes; };
-  const int ranks = 1 << p.ranks_log2, rank = blockIdx.x & (ranks - 1);
+  const int ranks = 1 << p.ranks_log2, rank = cluster_rank();
   __syncthreads();
   if (ranks > 1 && warp == 0) {
     cluster_wait();  // the others have begun
@@ -227,11 +227,31 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int j = 1; j < k_groups; j++) add(sum, load_shared_float4(at + j * 4 * kPartialBytes));
     return sum;
   };
+  const bool aligned = ((p.n | first_row) & 3) == 0;
+  auto write_y = [&](int column, int row, float4 sum) {
+    T* to = y + static_cast<int64_t>(column) * p.n + row;
+    if (aligned && row + 4 <= block.rows) {
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(narrow_pair<T>(sum.x, sum.y), narrow_pair<T>(sum.z, sum.w));
+      return;
+    }
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+    for (int j = 0; j < 4 && row + j < block.rows; j++) to[j] = narrow<T>(values[j]);
+  };
+  // With this way of its own the compiler finds a shorter main loop for 16 columns, a longer one
+  // for 128.
+  if (Shape::kColumns < 128 && ranks == 1) {
+#pragma unroll 1
+    for (int i = thread; i < cluster.count; i += Shape::kThreads) {
+      const int column = column_of(i), row = i * 4 - column * p.row_tiles * kTileRows;
+      if (row < block.rows) write_y(column, row, sum_of(i, column));
+    }
+    return;
+  }
   if (ranks > 1) {
     barrier_wait_cluster(has_room, 0);
     cluster.send([&](int i) { return sum_of(i, column_of(i)); });
   }
-  const bool aligned = ((p.n | first_row) & 3) == 0;
   cluster.finish([&](int i, auto part) {
     const int column = column_of(i), row = i * 4 - column * p.row_tiles * kTileRows;
     if (row >= block.rows) return;
@@ -251,14 +271,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       sum.x = activate(p.activation, gate.x, sum.x), sum.y = activate(p.activation, gate.y, sum.y);
       sum.z = activate(p.activation, gate.z, sum.z), sum.w = activate(p.activation, gate.w, sum.w);
     }
-    T* to = y + static_cast<int64_t>(column) * p.n + row;
-    if (aligned && row + 4 <= block.rows) {
-      *reinterpret_cast<uint2*>(to) =
-          make_uint2(narrow_pair<T>(sum.x, sum.y), narrow_pair<T>(sum.z, sum.w));
-      return;
-    }
-    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-    for (int j = 0; j < 4 && row + j < block.rows; j++) to[j] = narrow<T>(values[j]);
+    write_y(column, row, sum);
   });
 #endif
 }
