@@ -62,6 +62,7 @@ struct ClusterSums {
     for (int turn = rank, i = rank * Threads + threadIdx.x; i < count;
          turn += 1 << ranks_log2, i += Threads << ranks_log2)
       visit(i, [&](int from) { return load(place(from, rank, turn), Value()); });
+    wait();  // also for sums that nobody needed: a block must not be gone when they come
   }
   __device__ __forceinline__ void wait() const {
     if (ranks_log2 > 0) barrier_wait_cluster(barrier, 0);
