@@ -73,7 +73,7 @@ def first_cases() -> Iterator[Case]:
     yield from found("decode", 1, (7, 2, 1), (7, 1, 2), **half)
     yield from found("sm90", 13, (16, 8, 13, 4, 1), launches=3, **pair)
     yield from found("sm90", 13, (16, 4, 3, 1, 4), ahead=4096, **half)
-    yield from found("prefill", 257, (256, 2, 8, 2, 4), launches=2)
+    yield from found("prefill", 257, (256, 2, 8, 2, 2), launches=2)
     yield from found("tile", 129, (128, 1), **half, **parts)
     yield from found("decode", 13, (4, 4, 4), launches=3, ahead=1 << 20, **pair)
     yield from found("sm90", 31, (32, 8, 8, 2, 2), **half, **parts)
@@ -92,9 +92,9 @@ def first_cases() -> Iterator[Case]:
     yield from found("sm90", 9, (16, 4, 1, 1, 1), n=2233, k=256, ahead=1 << 20)
     # Whole rounds of prefill blocks, then clusters that share a last one; shares without a k tile.
     yield from found("prefill", 1147, (192, 2, 8, 2, 2), n=2939, k=256)
-    yield from found("prefill", 1147, (192, 2, 8, 2, 4), n=2939, k=544)
+    yield from found("prefill", 1147, (192, 2, 8, 2, 2), n=2939, k=544)
     yield from found("prefill", 1147, (192, 2, 8, 2, 1), n=2939, k=256)
-    yield from found("prefill", 200, (256, 2, 8, 2, 4), k=128)
+    yield from found("prefill", 200, (256, 2, 8, 2, 2), k=128)
     # k spread over all blocks: less than a round of tiles, and more; two launches with one set of
     # flags.
     yield from found("prefill", 300, (256, 2, 8, 2, 0), n=1000, k=2048, launches=2)
