@@ -180,3 +180,8 @@ def test_table_in_registers_decodes_every_code(tmp_path):
 @needs_compiler
 def test_spread_k_is_computed_once_and_every_partial_sum_is_taken(tmp_path):
     run_emulated(tmp_path, ["layout", "sm90_prefill_work"], "prefill_work")
+
+
+@needs_compiler
+def test_blocks_of_a_cluster_send_each_sum_once_and_expect_what_comes(tmp_path):
+    run_emulated(tmp_path, ["layout", "cluster_sums"], "cluster_sums")

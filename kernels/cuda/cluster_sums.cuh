@@ -7,8 +7,8 @@
 // waits for nothing but them, and leaves.
 #pragma once
 
+#include "cluster.cuh"
 #include "layout.cuh"
-#include "ptx.cuh"
 
 namespace flute {
 

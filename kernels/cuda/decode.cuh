@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
                                              ~(table_alignment(kWideTable) - 1u);
   auto region_of = [&](int w) {
     if constexpr (Shape::kSmall)
-      return base + p.high_region + w * p.region_bytes - max(0, w - p.full_regions) * Shape::kStride;
+      return base + p.high_region + w * p.region_bytes -
+             max(0, w - p.full_regions) * Shape::kStride;
     return (w < p.low_regions ? base + p.first_region
                               : base + p.high_region - p.low_regions * p.region_bytes) +
            w * p.region_bytes;
@@ -96,9 +97,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   ring.slot = ring.row = 0, ring.phase = 0, ring.ready = false;
   ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
   ring.back = -rows * ring.row_step;
-  ring.start_at(p.records +
-                (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) *
-                    Shape::kRecord);
+  ring.start_at(p.records + (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) *
+                                Shape::kRecord);
   if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK ? 1 : 32);
   if (lane == kMaxSlots) barrier_init(barriers + lane * 8, 32 * p.row_warps);
 #if FLUTE_HAS_BULK

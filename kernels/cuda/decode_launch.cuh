@@ -156,8 +156,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
       make_ahead(ahead, blocks * config.splits, device.multiprocessors * (Shape::kSmall ? 2 : 1));
 
   return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
-                       plan.total, 1 << ranks_log2,
-                       config.overlap && hopper, stream, params);
+                       plan.total, 1 << ranks_log2, config.overlap && hopper, stream, params);
 }
 
 // One function for each bit width, each in a file of its own so that they build side by side.

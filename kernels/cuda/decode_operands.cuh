@@ -36,7 +36,7 @@ struct DecodeShape {
   static constexpr int kDepth = XTiles_ == 1 ? 2 : 1;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
-  static constexpr int kStride = slot_stride(kSlot, kRecord);  // from slot to slot
+  static constexpr int kStride = slot_stride(kSlot, kRecord);            // from slot to slot
   static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
 };
 

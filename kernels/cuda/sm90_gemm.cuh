@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int begin = block_begin + (block_length * k_group >> p.k_groups_log2);
   const int k_tiles = block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin;
 
-  // Shared memory: barriers | some warps' rings | table | x, the other rings. Where sums are shared,
-  // all of it but the barriers is used anew: each warp's sums | room for those of other blocks.
+  // Shared memory: barriers | some warps' rings | table | x, the other rings. Where sums are
+  // shared, all of it but the barriers is used anew: each warp's sums | room for those of other
+  // blocks.
   const uint32_t base = shared_address(shared);
   const uint32_t table = (base + table_alignment(true) - 1) & ~(table_alignment(true) - 1u);
   RecordRing<Shape> ring;
@@ -213,7 +214,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
   __syncthreads();
 
-  // Sum i: four rows of a column, of all k groups. Then of the cluster's blocks, gate's before up's.
+  // Sum i: four rows of a column, of all k groups. Then of the cluster's blocks, gate's before
+  // up's.
   const ClusterSums<float4, Shape::kThreads> cluster{
       has_room + 8, partials + 4 * Shape::kWarpgroups * kPartialBytes,
       columns * p.row_tiles * (kTileRows / 4), p.ranks_log2, rank};

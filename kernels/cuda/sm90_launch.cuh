@@ -19,8 +19,7 @@ struct Sm90Shared {
 // rows of x, and those of the cluster's other blocks come over all that but the barriers. At
 // last the barriers of a cluster: before the rings they would move them off their lines.
 template <typename Shape>
-Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int columns, int ranks_log2,
-                            int limit) {
+Sm90Shared plan_sm90_shared(const FluteSm90Config& config, int columns, int ranks_log2, int limit) {
   constexpr int kWarps = Shape::kWarpgroups * 4;
   const int k_groups = Shape::kWarpgroups / config.row_groups;
   Sm90Shared plan;
@@ -64,9 +63,8 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
   static std::atomic<int> prepared[kMaxDevices];
   if (const int error = device.prepare(sm90_gemm_kernel<Shape>, prepared)) return error;
   if (device.ptx_version != 90) return kBadConfig;
-  const Sm90Shared plan = plan_sm90_shared<Shape>(
-      config, m < Shape::kColumns ? m : Shape::kColumns, log2_of(splits) + gated,
-      device.shared_limit);
+  const Sm90Shared plan = plan_sm90_shared<Shape>(config, m < Shape::kColumns ? m : Shape::kColumns,
+                                                  log2_of(splits) + gated, device.shared_limit);
   if (plan.total < 0) return kBadConfig;
 
   Sm90Params params{};

@@ -2,6 +2,7 @@
 // share a tile, added up first.
 #pragma once
 
+#include "cluster.cuh"
 #include "sm90_prefill_work.cuh"
 #include "wgmma.cuh"
 
