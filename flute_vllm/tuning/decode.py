@@ -21,18 +21,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning.device import (
+from flute_vllm.tuning.device import SHARED_RESERVED, TILE_K, TILE_ROWS, Device, measured
+from flute_vllm.tuning.problem import ProblemBase
+from flute_vllm.tuning.shared_memory import (
     CLUSTER_BARRIER_BYTES,
-    SHARED_RESERVED,
-    TILE_K,
-    TILE_ROWS,
-    Device,
     cluster_room,
-    measured,
     slot_stride,
     whole_lines,
 )
-from flute_vllm.tuning.problem import ProblemBase
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 TILE_ROWS, TILE_K = 16, 128  # of a record, kernels/cuda/layout.cuh
 SHARED_RESERVED = 1024  # the system's share at the start of a block's shared memory
-CLUSTER_BARRIER_BYTES = 16
-LINE = 128  # bytes of a line of memory
 CONFIG_FOLDER = data_path("configs", "tuning")
 
 
@@ -43,23 +40,6 @@ class Device:
 
 
 H200 = Device("h200", 132, 232448, 90)
-
-
-def whole_lines(size: int) -> int:
-    return math.ceil(size / LINE) * LINE
-
-
-def slot_stride(request_bytes: int, record_bytes: int) -> int:
-    """Shared memory for a request of records in the decode kernel. As in layout.cuh."""
-    step = record_bytes & -record_bytes
-    return whole_lines(request_bytes + max(0, LINE - step))
-
-
-def cluster_room(sums: int, threads: int, value_bytes: int, ranks: int) -> int:
-    """Bytes where a block of a cluster receives the others' part of ``sums`` sums. As in
-    cluster_sums.cuh."""
-    turns = math.ceil(math.ceil(sums / threads) / ranks)
-    return (ranks - 1) * turns * threads * value_bytes
 
 
 @functools.cache

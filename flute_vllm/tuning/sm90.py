@@ -13,15 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning.device import (
-    CLUSTER_BARRIER_BYTES,
-    SHARED_RESERVED,
-    TILE_K,
-    TILE_ROWS,
-    Device,
-    cluster_room,
-)
+from flute_vllm.tuning.device import SHARED_RESERVED, TILE_K, TILE_ROWS, Device
 from flute_vllm.tuning.problem import ProblemBase
+from flute_vllm.tuning.shared_memory import CLUSTER_BARRIER_BYTES, cluster_room
 
 WARPGROUPS = {16: (8, 4), 32: (8, 4), 64: (4,), 128: (4,)}  # of a block, compiled for columns
 COLUMNS = tuple(WARPGROUPS)
