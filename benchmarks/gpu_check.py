@@ -64,7 +64,7 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
                 2 if prefill else rng.choice(tuning.sm90.WARPGROUPS[columns]),
                 8 if prefill else rng.choice((1, 2, 3, 4, 6, 8, 9, 16, 23)),
                 2 if prefill else rng.choice((1, 2, 4, 8)),
-                rng.choice((0, 1, 2, 4) if prefill else (1, 2, 4, 8)),
+                rng.choice((0, 1, 2) if prefill else (1, 2, 4, 8)),
                 rng.choice((1, 2, 3, 4)), rng.choice((2, 3, 4, 6)), rng.choice((0, 0, 1, 4)),
             )  # fmt: skip
             if not tuning.sm90.launch(tuning.sm90.Problem(*problem), full, gpu):

@@ -100,6 +100,10 @@ FluteMatrix check_records(const char* op, const Tensor& qweight, const Tensor& s
               ("the internal layout of ", matrix.n, " x ", k, " at ", bits, " bits has ", words,
                " words, this tensor ", qweight.numel()),
               ("pass what flute::repack returned for this layer"));
+  FLUTE_CHECK(reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 128 == 0, op, "qweight",
+              ("it begins ", reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 128,
+               " bytes behind a multiple of 128"),
+              ("pass what flute::repack returned, not a view of something larger"));
   const int64_t entries = int64_t(1) << (matrix.pair_table ? 2 * bits + 1 : bits);
   FLUTE_CHECK(table.numel() == entries * matrix.parts &&
                   table.scalar_type() == scales.scalar_type() && table.is_contiguous() &&

@@ -167,8 +167,8 @@ MATRIX = "matrix 333 1056 4 32 1 0 1"
             f"sm90_gemm 1, {MATRIX}, config 16 8 4 4 2 1 8 1, m 13, ahead 1 {WORDS * 4} 1048576",
         ),
         (
-            {"kind": "prefill", "m": 300, "config": (192, 2, 8, 2, 4, 2, 7, 0)},
-            f"sm90_gemm 1, {MATRIX}, config 192 2 8 2 4 2 7 0, m 300, no ahead",
+            {"kind": "prefill", "m": 300, "config": (192, 2, 8, 2, 2, 2, 7, 0)},
+            f"sm90_gemm 1, {MATRIX}, config 192 2 8 2 2 2 7 0, m 300, no ahead",
         ),
         (
             {"kind": "tile", "m": 100, "config": (64, 1, 3, 4)},

@@ -72,8 +72,7 @@ def test_a_cluster_has_room_for_its_sums():
     """60 row tiles by 8 rows of x are 7,680 sums: of 30 turns of 256 threads, 15 for each block."""
     problem = tuning.Problem(4096, 4096, 8, 4, 128)
     alone, pair = (
-        tuning.launch(problem, tuning.Config(60, 8, splits, 1, 8), tuning.H200)
-        for splits in (1, 2)
+        tuning.launch(problem, tuning.Config(60, 8, splits, 1, 8), tuning.H200) for splits in (1, 2)
     )
     assert pair.shared_bytes - alone.shared_bytes == 16 + 15 * 256 * 4
 

@@ -263,7 +263,9 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     tile, alone, ends = _warpgroup_clocks(config)
     busy = tiles64 * config.k_groups * k_each * tile
     alone *= rounds * k_each
-    ends += 700 * math.log2(config.splits) + 300 * config.k_groups
+    # A pair of blocks sends its sums; of larger clusters the GPU runs too few at once to use all
+    # multiprocessors.
+    ends += (700 if config.splits == 2 else 1500 * math.log2(config.splits)) + 300 * config.k_groups
     stored = problem.n * problem.k_tiles * problem.record_bytes / 16
     memory = stored / 2400
     return max(waves * (max(busy, alone) + ends), memory)

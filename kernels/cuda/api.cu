@@ -10,7 +10,8 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
                  const void* x, const void* records, const void* table, void* y,
                  const FluteAhead* ahead, void* stream) {
   if (flute_record_words(matrix) < 0 || m < 1 || m > FLUTE_MAX_M ||
-      !flute::operands_aligned(*matrix, x, table))
+      !flute::operands_aligned(*matrix, x, table) ||
+      reinterpret_cast<uintptr_t>(records) % flute::kLine != 0)
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {

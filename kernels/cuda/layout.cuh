@@ -38,10 +38,10 @@ __host__ __device__ constexpr int ceil_div(int a, int b) {
 }
 
 // Shared memory for a request of records: a copy that has the same place in a 128-byte line there
-// as in global memory is faster by up to 5 % (NOTES.md).
+// as in global memory is faster by up to 6 % (NOTES.md).
 constexpr int kLine = 128;
 constexpr int slot_stride(int request_bytes, int record_bytes) {
-  const int step = record_bytes & -record_bytes;  // requests begin at multiples of it
+  const int step = record_bytes & -record_bytes;  // requests begin at multiples of it: see launch.h
   return ceil_div(request_bytes + (step < kLine ? kLine - step : 0), kLine) * kLine;
 }
 

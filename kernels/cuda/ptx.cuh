@@ -328,9 +328,6 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
 __device__ __forceinline__ void add(float4& a, float4 b) {
   a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
 }
-__device__ __forceinline__ void add(float& a, float b) {
-  a += b;
-}
 
 // Two floats as a word of 16-bit floats, the first in the low half.
 template <typename T>

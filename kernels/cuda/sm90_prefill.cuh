@@ -59,7 +59,9 @@ struct PrefillBarriers {
   }
   static constexpr int kX = kPrefillGroups;  // instead of a warpgroup
   __device__ __forceinline__ PairBarriers pair() const {
-    return {base + (kPrefillGroups + 1) * 2 * kPrefillStages * 8};
+    constexpr int kAt = (kPrefillGroups + 1) * 2 * kPrefillStages * 8;
+    static_assert(kAt + PairBarriers::kBytes <= kPrefillBarrierBytes);
+    return {base + kAt};
   }
 };
 

@@ -67,11 +67,10 @@ int launch_prefill_shape(const FluteMatrix& matrix, const FluteSm90Config& confi
   }
   // Tiles that do not fill the device in the last round are shared, if each finds a cluster.
   if (cluster > 1) {
-    static std::atomic<int> known[kMaxDevices][2];
+    static std::atomic<int> known[kMaxDevices];
     int clusters = 0;
-    if (const int error =
-            device.clusters_at_once(sm90_prefill_kernel<Shape>, kPrefillThreads, total, cluster,
-                                    known[device.slot()][cluster / 4], &clusters))
+    if (const int error = device.clusters_at_once(sm90_prefill_kernel<Shape>, kPrefillThreads,
+                                                  total, cluster, known[device.slot()], &clusters))
       return error;
     const int left = params.tiles % (clusters * cluster);
     if (left == 0 || left > clusters)

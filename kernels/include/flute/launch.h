@@ -62,7 +62,7 @@ typedef struct {
   int32_t x_stages;    // k tiles of x there, for each of the warpgroups that split k
   int32_t overlap;     // as above, in steps
   // With 192 or 256 columns another kernel runs, for tables of single values only: warpgroups and
-  // row_groups are 2, row_tiles 8; splits (1, 2, 4) blocks share a tile of y if the last round has
+  // row_groups are 2, row_tiles 8; splits (1, 2) blocks share a tile of y if the last round has
   // few, or with splits 0 all blocks share the tiles that fill no round; x_stages are halves of
   // k tiles.
 } FluteSm90Config;
@@ -74,7 +74,7 @@ typedef struct {
   int64_t total, bytes;
 } FluteAhead;
 
-// Words (int32) of the internal layout of a matrix.
+// Words (int32) of the internal layout of a matrix. Records begin at a multiple of 128 bytes.
 FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
 
 // Canonical qweight int32 [n, k/32*bits] and scales [n, groups] to the internal layout.
