@@ -222,6 +222,13 @@ def test_misaligned_activations_are_copied():
     )
 
 
+def test_records_that_begin_within_a_line_are_refused():
+    records, *rest = internal(make_problem((64,), 256, 4, 64))
+    behind = torch.cat([records.new_zeros(4), records])[4:]  # 16 bytes on
+    with pytest.raises(RuntimeError, match="16 bytes behind a multiple of 128"):
+        torch.ops.flute.gemm(make_x(1, 256).cuda(), behind, *rest)
+
+
 def test_a_tensor_of_another_layer_is_refused():
     records, *rest = internal(make_problem((64,), 256, 4, 64))
     with pytest.raises(RuntimeError, match="internal layout of 64 x 512"):
