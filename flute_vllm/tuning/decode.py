@@ -154,14 +154,13 @@ def launch(
 ) -> Launch | None:
     """The launch of a config, or None where it is not legal. ``gated``: it ends with the
     activation."""
-    shares_sums = gated or config.splits > 1
+    ranks = config.splits * (2 if gated else 1)
     splits_fit = (
         config.splits in (1, 2, 4, 8)
-        and (not shares_sums or device.capability >= 90)
+        and (ranks == 1 or device.capability >= 90)
         and problem.fits_cluster(config.splits, gated)
     )
     least_slots = config.rows_each + 1 if problem.width == 32 else 1
-    ranks = config.splits * (2 if gated else 1)
     if (
         config.row_tiles < 1
         or config.row_tiles > 128

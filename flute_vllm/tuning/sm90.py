@@ -103,7 +103,6 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
     x_bytes = config.x_stages * config.columns * TILE_K
     rings = 4 * config.stages * problem.slot_bytes(config)
     total = PREFILL_BARRIER_BYTES + x_bytes + PREFILL_GROUPS * (PREFILL_STAGED_BYTES + rings)
-    sums = PREFILL_GROUPS * 64 * config.columns * 4  # bytes of a block's
     if (
         problem.pair
         or config.row_tiles != PREFILL_TILES
@@ -116,6 +115,7 @@ def _prefill_launch(problem: Problem, config: Config, device: Device) -> Launch 
         return None
     whole, left, cluster = _prefill_rounds(problem, config, device)
     if config.splits == SPREAD:
+        sums = PREFILL_GROUPS * 64 * config.columns * 4  # bytes of a block's
         return Launch(_spread_blocks(problem, config, device), total, 1,
                       device.multiprocessors * sums)  # fmt: skip
     blocks = device.blocks_at_once(cluster)

@@ -34,7 +34,6 @@ struct PrefillShape {
   static constexpr int kRequest = kDepth * kRecord;
   static constexpr int kSlot = 4 * kRequest;
   static constexpr int kXStage = Columns_ * kSwizzleRowBytes;  // 64 columns of k
-  static constexpr int kSumsBytes = kPrefillGroups * 64 * Columns_ * 4;
 };
 
 #if FLUTE_HAS_WGMMA
