@@ -173,6 +173,11 @@ def test_emulated_kernel_agrees_with_plain_loops(tmp_path):
 
 
 @needs_compiler
+def test_records_decode_to_the_values_of_their_codes(tmp_path):
+    run_emulated(tmp_path, ["layout", "lut"], "codes")
+
+
+@needs_compiler
 def test_table_in_registers_decodes_every_code(tmp_path):
     run_emulated(tmp_path, ["layout", "register_lut"], "register_lut")
 

@@ -12,9 +12,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of a cluster arrive; who needs to know that all have begun, waits. Barriers that
-// other blocks will use are initialized before, and barrier_init_fence called: a releasing arrival
-// would wait for all stores and copies under way.
+// All threads of a cluster arrive and later, before they need to know that all have begun, wait.
+// Barriers that other blocks will use are initialized before, and barrier_init_fence called: a
+// releasing arrival would wait for all stores and copies under way. With threads that arrive but
+// never wait, racecheck does not end (NOTES.md).
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -29,9 +30,11 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
   return remote;
 }
 
-// Arrives at a barrier of another block of the cluster.
+// Arrives at a barrier of another block of the cluster, which may then write where this thread, and
+// those that it has waited for, have read: nothing that they have written is meant. A releasing
+// arrival would wait for all memory accesses under way.
 __device__ __forceinline__ void cluster_barrier_arrive(uint32_t remote) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
                : "memory");
 }
 

@@ -165,29 +165,35 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
       request_x(step + 1);
     };
     if constexpr (Shape::kHalves == 1) {
-      const bool full = begin + (step + 1) * Shape::kDepth <= end;  // else one k tile is left
-      XTile<Shape> x[Shape::kDepth];
+      auto multiply_step = [&](auto k_tiles) {
+        constexpr int kTiles = decltype(k_tiles)::value;
+        XTile<Shape> x[kTiles];
 #pragma unroll
-      for (int d = 0; d < Shape::kDepth; d++)
-        if (d == 0 || full) x[d].load(x_row, x_next, d, 0);
-      request_next_x();
+        for (int d = 0; d < kTiles; d++) x[d].load(x_row, x_next, d, 0);
+        request_next_x();
 #pragma unroll
-      for (int r = 0; r < Shape::kMaxRows; r++) {
-        if (r < rows) {
-          const uint32_t slot = ring.wait(step);
+        for (int r = 0; r < Shape::kMaxRows; r++) {
+          if (r < rows) {
+            const uint32_t slot = ring.wait(step);
 #pragma unroll
-          for (int d = 0; d < Shape::kDepth; d++) {
-            if (d > 0 && !full) continue;
-            Codes<Shape::kBits> codes;
-            Scales<Shape> scales;
-            codes.load(slot + d * Shape::kRecord, lane);
-            scales.load(slot + d * Shape::kRecord, lane);
-            if (d == 0) ring.look_ahead();
-            multiply_tile<Shape>(sums[r], codes, scales, x[d], decoder, 0);
+            for (int d = 0; d < kTiles; d++) {
+              Codes<Shape::kBits> codes;
+              Scales<Shape> scales;
+              codes.load(slot + d * Shape::kRecord, lane);
+              scales.load(slot + d * Shape::kRecord, lane);
+              if (d == 0) ring.look_ahead();
+              multiply_tile<Shape>(sums[r], codes, scales, x[d], decoder, 0);
+            }
+            ring.advance(lane);
           }
-          ring.advance(lane);
         }
-      }
+      };
+      // Code of its own for a last k tile alone: within the other's a branch would keep the
+      // compiler from doing one tile's loads under the other's products.
+      if (Shape::kDepth == 1 || begin + (step + 1) * Shape::kDepth <= end)
+        multiply_step(Constant<Shape::kDepth>());
+      else
+        multiply_step(Constant<1>());
     } else {
       // The warp's tiles stay in their slots until both halves are done.
       XTile<Shape> x;

@@ -122,9 +122,9 @@ __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Sha
   constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
   constexpr int kInStep =
       kFragmentsInGroup < Shape::kXFragments ? kFragmentsInGroup : Shape::kXFragments;
-  // Even and odd fragments apart: a chain of dependent products is half as long. With four x
-  // tiles there are four chains already.
-  constexpr bool kTwoChains = Shape::kXTiles < 4;
+  // Even and odd fragments apart with two x tiles: a chain of dependent products is half as long.
+  // With four there are four chains already, with one those of the next k tile.
+  constexpr bool kTwoChains = Shape::kXTiles == 2;
 #pragma unroll
   for (int begin = 0; begin < Shape::kXFragments; begin += kInStep) {
     float even_part[Shape::kXTiles][4] = {}, odd_part[Shape::kXTiles][4] = {};

@@ -13,12 +13,16 @@
 //   row = g + 8 * (j & 1),   k = 16 * f + 2 * t + 8 * (j >> 1) + e.
 //
 // The eight codes of a lane and fragment are the nibbles n = 2 * j + e of one 32-bit "nibble word":
-// byte j is then an index into a table of pairs, and the whole word is a selector for PRMT.
+// byte j is then an index into a table of pairs, and the whole word is a selector for PRMT. A
+// lane's words are
 //
-//   4 bits: word f is the nibble word.       Two 16-byte vectors a lane: f < 4, then f >= 4.
-//   2 bits: word f / 2 holds fragment f in bits 2 * (f & 1) + {0, 1} of each nibble.
-//   3 bits: low two bits as at 2 bits; bit 2 in an 8-byte vector: word f / 4, bit f & 3 of a
-//   nibble.
+//   4 bits: the nibble words in two 16-byte vectors: f < 4, then f >= 4.
+//   3 bits: the nibble words of f = 0, 1, 4, 5 in a 16-byte vector, of f = 2, 6 in an 8-byte
+//   vector.
+//     Bit 3 of their nibbles holds fragment 3 and 7: bit b of its codes in word f - 3 + b.
+//   2 bits: one 16-byte vector. Word f / 2 holds fragment f in bytes 2 * (f & 1) + {0, 1}, where a
+//     nibble has register j & 1 = 0 in its low two bits and 1 in the others: four weights that
+//     follow each other in the registers of a fragment come from one byte.
 //
 // Scales: word g * groups + i holds the scales of rows g (low half) and g + 8 of group i.
 #pragma once
@@ -63,12 +67,13 @@ __host__ __device__ constexpr int code_bit(int bits, int lane, int fragment, int
     const int byte = (fragment >> 2) * 512 + lane * 16 + (fragment & 3) * 4;
     return byte * 8 + 4 * nibble + b;
   }
-  if (b < 2) {
-    const int byte = lane * 16 + (fragment >> 1) * 4;
-    return byte * 8 + 4 * nibble + 2 * (fragment & 1) + b;
+  if (bits == 2) {
+    const int byte = lane * 16 + (fragment >> 1) * 4 + 2 * (fragment & 1) + (nibble >> 2);
+    return byte * 8 + 4 * (nibble & 1) + (nibble & 2) + b;
   }
-  const int byte = 512 + lane * 8 + (fragment >> 2) * 4;
-  return byte * 8 + 4 * nibble + (fragment & 3);
+  const int half = fragment >> 2, spare = (fragment & 3) == 3, word = spare ? b : fragment & 3;
+  const int byte = word < 2 ? lane * 16 + half * 8 + word * 4 : 512 + lane * 8 + half * 4;
+  return byte * 8 + 4 * nibble + (spare ? 3 : b);
 }
 
 // Row and column, within a tile, of (lane, fragment, nibble).

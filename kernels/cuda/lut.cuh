@@ -46,8 +46,8 @@ __host__ __device__ constexpr int table_bytes(bool wide) {
 // Eight threads write an entry, and then those Threads / 8 entries further. So the low code of a
 // thread's entries is the same for all, and their high codes differ by constants: few loads, at
 // constant distances, and few instructions, which a kernel that starts must fetch first (NOTES.md).
-// TwoFragments: an entry has the pairs of two fragments, eight bytes.
-template <int Bits, int Threads, bool Wide = kWideTable, bool TwoFragments = Bits == 2>
+// TwoPairs: an entry has the pairs of two registers, eight bytes.
+template <int Bits, int Threads, bool Wide = kWideTable, bool TwoPairs = Bits == 2>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
   static constexpr uint32_t kCode = (1u << Bits) - 1;
@@ -76,16 +76,16 @@ struct TableFill {
     }
   };
   Pairs first;
-  Pairs second;  // of the other fragment
+  Pairs second;  // of the other register
 
   // Entry e: low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
   // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte holds
-  // the pairs of two fragments.
+  // the pairs of two registers.
   __device__ __forceinline__ void load(const void* table, bool pairs) {
     const uint32_t entry = threadIdx.x / 8;
     first.load(table, pairs, entry & kCode, entry >> 4 & kCode,
                [](int i) { return i * Threads / 128 & kCode; });
-    if constexpr (TwoFragments)
+    if constexpr (TwoPairs)
       second.load(table, pairs, entry >> 2 & kCode, entry >> 6,
                   [](int i) { return i * Threads / 512 & kCode; });
   }
@@ -95,7 +95,7 @@ struct TableFill {
 #pragma unroll
     for (int i = 0; i < kStores; i++) {
       const uint32_t even = first.word(i, pairs);
-      const uint32_t odd = TwoFragments ? second.word(i, pairs) : even;
+      const uint32_t odd = TwoPairs ? second.word(i, pairs) : even;
       store_shared4(to + i * (Threads / 8) * table_row(Wide), make_uint4(even, odd, even, odd));
     }
   }
@@ -113,6 +113,16 @@ __device__ __forceinline__ void load_words(uint32_t (&word)[Words], uint32_t at)
     const uint4 q = load_shared4(at);
     word[0] = q.x, word[1] = q.y, word[2] = q.z, word[3] = q.w;
   }
+}
+
+// Nibble words that are not stored as such. At 2 bits: of the first or second fragment of a word.
+__device__ __forceinline__ uint32_t nibbles_of_2(uint32_t word, bool second) {
+  return permute_bytes(word, word >> 2, second ? 0x7362 : 0x5140);
+}
+// At 3 bits: of the fragment that lies in bit 3 of the nibbles of three others.
+__device__ __forceinline__ uint32_t spare_nibbles(const uint32_t (&word)[3]) {
+  const uint32_t two = select_bits(word[0] >> 3, word[1] >> 2, 0x11111111u);
+  return select_bits(two, word[2] >> 1, 0x33333333u);
 }
 
 // The codes of one tile that a lane holds, read from a record in shared memory.
@@ -149,32 +159,29 @@ struct Codes<2> {
     const uint2 q = load_shared2(record + lane * 16 + half * 8);
     word[2 * half] = q.x, word[2 * half + 1] = q.y;
   }
-  // bits 2 and 3 of each nibble are another fragment's
+  // bits 2 and 3 of each nibble are another register's
   __device__ __forceinline__ uint32_t nibbles(int f) const {
-    return f & 1 ? word[f / 2] >> 2 : word[f / 2];
+    return nibbles_of_2(word[f / 2], f & 1);
   }
 };
 
 template <>
 struct Codes<3> {
-  uint32_t low[4], high[2];
+  uint32_t word[2][3];
   __device__ __forceinline__ void load(uint32_t record, int lane) {
     const uint4 q = load_shared4(record + lane * 16);
-    const uint2 h = load_shared2(record + 512 + lane * 8);
-    low[0] = q.x, low[1] = q.y, low[2] = q.z, low[3] = q.w, high[0] = h.x, high[1] = h.y;
+    const uint2 r = load_shared2(record + 512 + lane * 8);
+    word[0][0] = q.x, word[0][1] = q.y, word[0][2] = r.x;
+    word[1][0] = q.z, word[1][1] = q.w, word[1][2] = r.y;
   }
   __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
     const uint2 q = load_shared2(record + lane * 16 + half * 8);
-    low[2 * half] = q.x, low[2 * half + 1] = q.y;
-    high[half] = load_shared(record + 512 + lane * 8 + half * 4);
+    word[half][0] = q.x, word[half][1] = q.y;
+    word[half][2] = load_shared(record + 512 + lane * 8 + half * 4);
   }
   // bit 3 of each nibble is another fragment's
   __device__ __forceinline__ uint32_t nibbles(int f) const {
-    const uint32_t l = f & 1 ? low[f / 2] >> 2 : low[f / 2];
-    const uint32_t h = high[f / 4];
-    const int i = f & 3;
-    const uint32_t placed = i == 0 ? h << 2 : i == 1 ? h << 1 : i == 2 ? h : h >> 1;
-    return select_bits(l, placed, 0x33333333u);
+    return f % 4 < 3 ? word[f / 4][f % 4] : spare_nibbles(word[f / 4]);
   }
 };
 
@@ -197,7 +204,8 @@ struct Decoder {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const uint2 both = load_table2<At>(address(codes.word[p], j));
-        even[j] = both.x, odd[j] = both.y;
+        uint32_t* to = (j < 2 ? even : odd) + j % 2 * 2;
+        to[0] = both.x, to[1] = both.y;
       }
     } else {
       const uint32_t first = codes.nibbles(2 * p), second = codes.nibbles(2 * p + 1);

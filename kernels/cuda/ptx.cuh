@@ -177,6 +177,15 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 #if FLUTE_HAS_BULK
+// True in one lane of the warp. Unlike a comparison of the lane's number, known to the compiler as
+// one lane, so that it makes no loop over lanes around a copy.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(chosen));
+  return chosen != 0;
+}
+
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

@@ -63,7 +63,7 @@ struct TileRing {
     const uint32_t to = slots_at + at * Shape::kStride + (low_bits(next) & line);
     const int bytes = Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
 #if FLUTE_HAS_BULK
-    if (lane == 0) bulk_copy(to, next, bytes, barrier, policy);
+    if (elect_one()) bulk_copy(to, next, bytes, barrier, policy);
 #else
     for (int i = lane * 16; i < bytes; i += 512) copy16(to + i, next + i);
     copies_arrive(barrier);

@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   auto partial = [&](int w) { return partials + w * kPartialBytes; };
   const int ranks = 1 << p.ranks_log2, rank = cluster_rank();
   __syncthreads();
-  if (ranks > 1 && warp == 0) {
+  if (ranks > 1) {
     cluster_wait();  // the others have begun
-    if (lane < ranks && lane != rank) cluster_barrier_arrive(cluster_address(has_room, lane));
+    if (thread < ranks && thread != rank) cluster_barrier_arrive(cluster_address(has_room, thread));
   }
   if (row_group < whole) products.template store<kPartialPad>(partial(warp), lane);
   __syncthreads();

@@ -64,12 +64,24 @@ struct PrefillBarriers {
   }
 };
 
+// All threads of a cluster wait, once, for its other block to have begun, none for what another
+// thread does after that: then all tools can follow (cluster.cuh). Those that bring data do when
+// their first requests are under way.
+struct ClusterStart {
+  bool pending;
+  __device__ __forceinline__ void wait() {
+    if (pending) cluster_wait();
+    pending = false;
+  }
+};
+
 // One warp brings all x of this block. Where the last tile is shared with the other block of a
 // cluster, that one's sums then find room in the stages that are needed no more.
 template <typename Shape>
 __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMap* map,
                                         PrefillBarriers barriers, uint32_t x_at) {
   RingPlace at(p.x_stages);
+  ClusterStart start{p.splits_log2 > 0};
   bool shares = false;
   for (int round = 0;; round++) {
     const Work work(p, round, Shape::kColumns);
@@ -77,6 +89,7 @@ __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMa
     shares = work.shared;
 #pragma unroll 1
     for (int i = 2 * work.begin; i < 2 * work.end; i++, at.advance()) {
+      if (at.phase) start.wait();
       const uint32_t filled = barriers.filled(barriers.kX, at.slot);
       barrier_wait(barriers.emptied(barriers.kX, at.slot), at.phase ^ 1);
       if (elect_one()) {
@@ -86,10 +99,10 @@ __device__ __forceinline__ void bring_x(const PrefillParams& p, const CUtensorMa
       }
     }
   }
+  start.wait();
   if (!shares) return;
   for (int group = 0; group < kPrefillGroups; group++, at.advance())
     barrier_wait(barriers.emptied(barriers.kX, at.slot), at.phase ^ 1);
-  cluster_wait();  // the other block has begun
   if (elect_one())
     cluster_barrier_arrive(cluster_address(barriers.pair().room(), cluster_rank() ^ 1));
 }
@@ -100,6 +113,7 @@ template <typename Shape>
 __device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBarriers barriers,
                                               uint32_t slots_at, int group) {
   RingPlace at(p.slots);
+  ClusterStart start{p.splits_log2 > 0};
   const uint64_t policy = evict_first_policy();
   for (int round = 0;; round++) {
     const Work work(p, round, Shape::kColumns);
@@ -110,6 +124,7 @@ __device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBar
         p.records + static_cast<int64_t>(block.first_tile + group * 4) * p.k_tiles * Shape::kRecord;
 #pragma unroll 1
     for (int k_tile = work.begin; k_tile < work.end; k_tile += Shape::kDepth, at.advance()) {
+      if (at.phase) start.wait();
       const int bytes = min(Shape::kDepth, work.end - k_tile) * Shape::kRecord;
       const uint32_t filled = barriers.filled(group, at.slot);
       barrier_wait(barriers.emptied(group, at.slot), at.phase ^ 1);
@@ -122,6 +137,7 @@ __device__ __forceinline__ void bring_weights(const PrefillParams& p, PrefillBar
       }
     }
   }
+  start.wait();
 }
 
 // What a warpgroup computes: 64 rows of w by kColumns rows of x.
@@ -214,11 +230,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       wait_for_previous_launch();
       allow_next_launch();
       bring_x<Shape>(p, &x_map, barriers, x_at);
+    } else {
+      ClusterStart{p.splits_log2 > 0}.wait();
     }
     return;
   }
 
   take_registers<240>();
+  ClusterStart{p.splits_log2 > 0}.wait();
   WideProducts<Shape> products;
   RingPlace slot(p.slots), stage(p.x_stages);
   int part = -1;

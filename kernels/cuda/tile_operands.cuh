@@ -23,19 +23,34 @@ struct PairCodes<4, Pairs> {
   }
 };
 
-// At 3 and 2 bits the rest of a nibble is another fragment's; the table does not depend on it.
-template <int Pairs>
-struct PairCodes<3, Pairs> {
-  uint32_t low[Pairs], high;  // bit 2 * pair + odd of a nibble of `high` is bit 2 of a code
+// At 3 and 2 bits the rest of a nibble is another fragment's or register's; the table does not
+// depend on it.
+__device__ __forceinline__ void load_words_of_3(uint32_t (&word)[3], uint32_t record, int lane,
+                                                int half) {
+  const uint2 q = load_shared2(record + lane * 16 + half * 8);
+  word[0] = q.x, word[1] = q.y, word[2] = load_shared(record + 512 + lane * 8 + half * 4);
+}
+
+template <>
+struct PairCodes<3, 2> {
+  uint32_t word[3];
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
-    load_words(low, record + lane * 16 + first * 4);
-    high = load_shared(record + 512 + lane * 8 + (first >> 1) * 4) >> (first & 1) * 2;
+    load_words_of_3(word, record, lane, first >> 1);
   }
   __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
-    const int bit = 2 * pair + odd;
-    return select_bits(odd ? low[pair] >> 2 : low[pair],
-                       bit < 2 ? high << (2 - bit) : high >> (bit - 2), 0x33333333u);
+    return pair * 2 + odd < 3 ? word[pair * 2 + odd] : spare_nibbles(word);
   }
+};
+
+template <>
+struct PairCodes<3, 1> {
+  uint32_t even, odd;
+  __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
+    uint32_t word[3];
+    load_words_of_3(word, record, lane, first >> 1);
+    even = first & 1 ? word[2] : word[0], odd = first & 1 ? spare_nibbles(word) : word[1];
+  }
+  __device__ __forceinline__ uint32_t nibbles(int, int second) const { return second ? odd : even; }
 };
 
 template <int Pairs>
@@ -45,7 +60,7 @@ struct PairCodes<2, Pairs> {
     load_words(word, record + lane * 16 + first * 4);
   }
   __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
-    return odd ? word[pair] >> 2 : word[pair];
+    return nibbles_of_2(word[pair], odd);
   }
 };
 

@@ -23,9 +23,9 @@ __device__ __forceinline__ void load_codes(Codes<4>& codes, const uint8_t* recor
 }
 __device__ __forceinline__ void load_codes(Codes<3>& codes, const uint8_t* record, int lane) {
   const uint4 q = __ldg(reinterpret_cast<const uint4*>(record) + lane);
-  const uint2 h = __ldg(reinterpret_cast<const uint2*>(record + 512) + lane);
-  codes.low[0] = q.x, codes.low[1] = q.y, codes.low[2] = q.z, codes.low[3] = q.w;
-  codes.high[0] = h.x, codes.high[1] = h.y;
+  const uint2 r = __ldg(reinterpret_cast<const uint2*>(record + 512) + lane);
+  codes.word[0][0] = q.x, codes.word[0][1] = q.y, codes.word[0][2] = r.x;
+  codes.word[1][0] = q.z, codes.word[1][1] = q.w, codes.word[1][2] = r.y;
 }
 __device__ __forceinline__ void load_codes(Codes<2>& codes, const uint8_t* record, int lane) {
   const uint4 q = __ldg(reinterpret_cast<const uint4*>(record) + lane);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_codes(Codes<2>& codes, const uint8_t* recor
 template <int Bits>
 __device__ __forceinline__ uint32_t pair_index(const Codes<Bits>& codes, int f, int j) {
   if constexpr (Bits == 2) {
-    const uint32_t byte = codes.word[f / 2] >> (8 * j + 2 * (f & 1));
+    const uint32_t byte = codes.word[f / 2] >> (16 * (f & 1) + 8 * (j >> 1) + 2 * (j & 1));
     return (byte & 3) << 2 | (byte >> 4 & 3);
   } else {
     constexpr uint32_t kCode = (1u << Bits) - 1;

@@ -67,15 +67,6 @@ __device__ __forceinline__ void store_transposed(uint32_t to, const uint32_t (&r
                : "memory");
 }
 
-// True in one lane of the warp. Unlike a comparison of the lane's number, known to the compiler as
-// one lane, so that it makes no loop over lanes around a copy.
-__device__ __forceinline__ bool elect_one() {
-  uint32_t chosen;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
-               : "=r"(chosen));
-  return chosen != 0;
-}
-
 // One box of a 2-d tensor map: columns from c0, rows from c1; counted on the barrier.
 __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int c0, int c1,
                                             uint32_t barrier) {
