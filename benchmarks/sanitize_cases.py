@@ -236,11 +236,17 @@ def _gates(case: Case, config) -> bool:
 
 
 def barriers(case: Case) -> int:
-    """Of a block in shared memory, used or not: the tools overflow when they count too few."""
-    if case.kind == "decode":
-        return tuning.Config(*case.config).warps * (tuning.MAX_SLOTS + 1)
+    """Of a cluster in shared memory, used or not: the tools overflow when they count too few."""
+    # Both halves of a gated launch are in one cluster, and launches may overlap.
+    times = (2 if case.activation else 1) * case.launches
+    if case.kind == "decode":  # of the warps, and of the cluster
+        config = tuning.Config(*case.config)
+        return (config.warps * (tuning.MAX_SLOTS + 1) + 1) * config.splits * times
     if case.kind == "sm90":
-        return tuning.sm90.Config(*case.config).barrier_bytes // 8
-    if case.kind == "prefill":  # filled and emptied, of each warpgroup's weights and of x
-        return (tuning.sm90.PREFILL_GROUPS + 1) * 2 * tuning.sm90.PREFILL_STAGES
+        hopper = tuning.sm90.Config(*case.config)
+        return (hopper.barrier_bytes // 8 + 2) * hopper.splits * times
+    if case.kind == "prefill":  # of the rings of each warpgroup and of x, and of a pair of blocks
+        rings = (tuning.sm90.PREFILL_GROUPS + 1) * 2 * tuning.sm90.PREFILL_STAGES
+        pair = 1 + tuning.sm90.PREFILL_GROUPS * 4
+        return (rings + pair) * max(1, tuning.sm90.Config(*case.config).splits) * times
     return 0

@@ -147,20 +147,23 @@ def test_the_first_cases_reach_every_compiled_block():
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "count"),
+    ("kind", "config", "fields", "count"),
     [
-        ("decode", (1, 4, 4, 2, 16, 0), 16 * 17),
-        ("decode", (7, 1, 1, 3, 8, 0), 8 * 17),
-        ("sm90", (16, 8, 4, 4, 1, 1, 8, 0), 8 * (4 * 16 + 2 * 8)),
-        ("sm90", (64, 4, 4, 4, 1, 1, 8, 0), 4 * (4 * 16 + 2 * 8)),
-        ("prefill", (192, 2, 8, 2, 1, 2, 7, 0), 3 * 2 * 8),
-        ("tile", (64, 1, 3, 4), 0),
-        ("dequantize", (), 0),
+        ("decode", (1, 4, 4, 2, 16, 0), {}, 4 * (16 * 17 + 1)),
+        ("decode", (7, 1, 1, 3, 8, 0), {}, 8 * 17 + 1),
+        ("decode", (7, 1, 2, 3, 8, 1), {"launches": 3, "activation": 1}, 12 * (8 * 17 + 1)),
+        ("sm90", (16, 8, 4, 4, 1, 1, 8, 0), {}, 8 * (4 * 16 + 2 * 8) + 2),
+        ("sm90", (64, 4, 4, 4, 2, 1, 8, 0), {}, 2 * (4 * (4 * 16 + 2 * 8) + 2)),
+        ("prefill", (192, 2, 8, 2, 0, 2, 7, 0), {}, 3 * 2 * 8 + 9),
+        ("prefill", (192, 2, 8, 2, 2, 2, 7, 0), {}, 2 * (3 * 2 * 8 + 9)),
+        ("tile", (64, 1, 3, 4), {}, 0),
+        ("dequantize", (), {}, 0),
     ],
 )
-def test_barriers_are_what_the_headers_set_aside(runner, kind, config, count):
-    """decode.cuh kBarrierBytes, sm90_gemm.cuh sm90_barrier_bytes, sm90_prefill.cuh."""
-    wanted = case(kind=kind, config=config)
+def test_barriers_are_what_the_headers_set_aside(runner, kind, config, fields, count):
+    """In the blocks of a cluster: decode.cuh kBarrierBytes, sm90_gemm.cuh sm90_barrier_bytes,
+    sm90_prefill.cuh, cluster_sums.cuh."""
+    wanted = case(kind=kind, config=config, **fields)
     assert sanitize_cases.barriers(wanted) == count
     for tool in sanitize.TOOLS:
         command = " ".join(runner.command(tool, wanted, 41000))

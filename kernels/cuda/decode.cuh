@@ -165,11 +165,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
       request_x(step + 1);
     };
     if constexpr (Shape::kHalves == 1) {
-      auto multiply_step = [&](auto k_tiles) {
+      auto multiply_step = [&](auto k_tiles, bool all) {  // if not all of them, the first
         constexpr int kTiles = decltype(k_tiles)::value;
         XTile<Shape> x[kTiles];
 #pragma unroll
-        for (int d = 0; d < kTiles; d++) x[d].load(x_row, x_next, d, 0);
+        for (int d = 0; d < kTiles; d++)
+          if (d == 0 || all) x[d].load(x_row, x_next, d, 0);
         request_next_x();
 #pragma unroll
         for (int r = 0; r < Shape::kMaxRows; r++) {
@@ -177,6 +178,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
             const uint32_t slot = ring.wait(step);
 #pragma unroll
             for (int d = 0; d < kTiles; d++) {
+              if (d > 0 && !all) continue;
               Codes<Shape::kBits> codes;
               Scales<Shape> scales;
               codes.load(slot + d * Shape::kRecord, lane);
@@ -189,11 +191,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
         }
       };
       // Code of its own for a last k tile alone: within the other's a branch would keep the
-      // compiler from doing one tile's loads under the other's products.
-      if (Shape::kDepth == 1 || begin + (step + 1) * Shape::kDepth <= end)
-        multiply_step(Constant<Shape::kDepth>());
+      // compiler from doing one tile's loads under the other's products. Only for Hopper: with it
+      // for all architectures the library would be too large.
+      const bool full = Shape::kDepth == 1 || begin + (step + 1) * Shape::kDepth <= end;
+      if constexpr (!FLUTE_HAS_BULK)
+        multiply_step(Constant<Shape::kDepth>(), full);
+      else if (full)
+        multiply_step(Constant<Shape::kDepth>(), true);
       else
-        multiply_step(Constant<1>());
+        multiply_step(Constant<1>(), true);
     } else {
       // The warp's tiles stay in their slots until both halves are done.
       XTile<Shape> x;
