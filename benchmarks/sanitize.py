@@ -5,11 +5,11 @@
         [--out benchmarks/results/h200/sanitizer.json]
 
 On long runs racecheck and synccheck overflow their table of barriers and then report hazards that
-are not there, so every case starts afresh (``sanitize_case.py``) and says how many barriers a block
-has. LIBRARY is ``nvcc -shared`` of kernels/cuda/*.cu, without torch. The cases come in order of
-importance, each under all tools before the next: the first ones reach every kernel, and what
-the budget leaves out is counted as not run. Exit code 1 unless every case ran and no tool found an
-error.
+are not there, so every case starts afresh (``sanitize_case.py``) and says how many barriers its
+launches have in a cluster. LIBRARY is ``nvcc -shared`` of kernels/cuda/*.cu, without torch. The
+cases come in order of importance, each under all tools before the next: the first ones reach every
+kernel, and what the budget leaves out is counted as not run. Exit code 1 unless every case ran and
+no tool found an error.
 """
 
 from __future__ import annotations

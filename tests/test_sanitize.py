@@ -161,8 +161,8 @@ def test_the_first_cases_reach_every_compiled_block():
     ],
 )
 def test_barriers_are_what_the_headers_set_aside(runner, kind, config, fields, count):
-    """In the blocks of a cluster: decode.cuh kBarrierBytes, sm90_gemm.cuh sm90_barrier_bytes,
-    sm90_prefill.cuh, cluster_sums.cuh."""
+    """In the blocks of a cluster: decode_operands.cuh kBarrierBytes, sm90_gemm.cuh
+    sm90_barrier_bytes, sm90_prefill.cuh, cluster_sums.cuh."""
     wanted = case(kind=kind, config=config, **fields)
     assert sanitize_cases.barriers(wanted) == count
     for tool in sanitize.TOOLS:

@@ -23,7 +23,7 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The address, for the next four, of what lies at `address` in block `rank` of this cluster.
+// The address, for the next three, of what lies at `address` in block `rank` of this cluster.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
@@ -32,11 +32,18 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
 
 // Arrives at a barrier of another block of the cluster, which may then write where this thread, and
 // those that it has waited for, have read: nothing that they have written is meant. A releasing
-// arrival would wait for all memory accesses under way.
+// arrival would wait for all memory accesses under way; compilers before CUDA 12.8 know no other.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+#define FLUTE_ARRIVAL "relaxed"
+#else
+#define FLUTE_ARRIVAL "release"
+#endif
 __device__ __forceinline__ void cluster_barrier_arrive(uint32_t remote) {
-  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
+  asm volatile("mbarrier.arrive." FLUTE_ARRIVAL
+               ".cluster.shared::cluster.b64 _, [%0];" ::"r"(remote)
                : "memory");
 }
+#undef FLUTE_ARRIVAL
 
 // Sixteen bytes to another block's shared memory; `remote_barrier`, of the same block, hears of
 // them. Asynchronous.

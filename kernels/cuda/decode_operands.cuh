@@ -31,8 +31,8 @@ struct DecodeShape {
   // x in registers: a whole tile, or half a tile at a time where that would be too many.
   static constexpr int kHalves = XTiles_ == 4 ? 2 : 1;
   static constexpr int kXFragments = kFragments / kHalves;
-  // k tiles that a warp requests and multiplies in one step. A bulk copy holds up shared memory for
-  // 15 clocks whatever its size, a quarter of a tile's time (NOTES.md): the fewer the better.
+  // k tiles that a warp requests and multiplies in one step: two were 15 % faster than one where
+  // memory is not the limit, as each request has its price, four no faster than two (NOTES.md).
   static constexpr int kDepth = XTiles_ == 1 ? 2 : 1;
   static constexpr int kRecord = record_bytes(Bits_, Groups_);
   static constexpr int kSlot = kDepth * kRecord;
@@ -122,9 +122,9 @@ __device__ __forceinline__ void multiply_tile(Sums<Shape>& sums, const Codes<Sha
   constexpr int kFragmentsInGroup = kFragments / Shape::kGroups;
   constexpr int kInStep =
       kFragmentsInGroup < Shape::kXFragments ? kFragmentsInGroup : Shape::kXFragments;
-  // Even and odd fragments apart with two x tiles: a chain of dependent products is half as long.
-  // With four there are four chains already, with one those of the next k tile.
-  constexpr bool kTwoChains = Shape::kXTiles == 2;
+  // Even and odd fragments apart: a chain of dependent products is half as long. With four x tiles
+  // there are four chains already, with one, on Hopper, those of the next k tile (see decode.cuh).
+  constexpr bool kTwoChains = Shape::kXTiles == 2 || (Shape::kXTiles == 1 && !FLUTE_HAS_BULK);
 #pragma unroll
   for (int begin = 0; begin < Shape::kXFragments; begin += kInStep) {
     float even_part[Shape::kXTiles][4] = {}, odd_part[Shape::kXTiles][4] = {};

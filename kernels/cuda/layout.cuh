@@ -16,13 +16,12 @@
 // byte j is then an index into a table of pairs, and the whole word is a selector for PRMT. A
 // lane's words are
 //
-//   4 bits: the nibble words in two 16-byte vectors: f < 4, then f >= 4.
-//   3 bits: the nibble words of f = 0, 1, 4, 5 in a 16-byte vector, of f = 2, 6 in an 8-byte
-//   vector.
-//     Bit 3 of their nibbles holds fragment 3 and 7: bit b of its codes in word f - 3 + b.
-//   2 bits: one 16-byte vector. Word f / 2 holds fragment f in bytes 2 * (f & 1) + {0, 1}, where a
-//     nibble has register j & 1 = 0 in its low two bits and 1 in the others: four weights that
-//     follow each other in the registers of a fragment come from one byte.
+//   4 bits: the nibble words in two 16-byte vectors, f < 4, then f >= 4.
+//   3 bits: those of f = 0, 1, 4, 5 in a 16-byte vector, of f = 2, 6 in an 8-byte vector. Bit 3 of
+//   their nibbles is for f = 3 and 7: bit b of a code lies in the word of fragment f - 3 + b.
+//   2 bits: one 16-byte vector. Word f / 2 holds fragment f in bytes 2 * (f & 1) + (j >> 1), where
+//   nibble e has the code of an even j in its low two bits, of an odd j in the others: four weights
+//   that follow each other in the registers of a fragment come from one byte.
 //
 // Scales: word g * groups + i holds the scales of rows g (low half) and g + 8 of group i.
 #pragma once

@@ -94,9 +94,9 @@ struct TableFill {
     to += threadIdx.x / 8 * table_row(Wide) + threadIdx.x % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kStores; i++) {
-      const uint32_t even = first.word(i, pairs);
-      const uint32_t odd = TwoPairs ? second.word(i, pairs) : even;
-      store_shared4(to + i * (Threads / 8) * table_row(Wide), make_uint4(even, odd, even, odd));
+      const uint32_t one = first.word(i, pairs);
+      const uint32_t two = TwoPairs ? second.word(i, pairs) : one;
+      store_shared4(to + i * (Threads / 8) * table_row(Wide), make_uint4(one, two, one, two));
     }
   }
 };
@@ -123,6 +123,12 @@ __device__ __forceinline__ uint32_t nibbles_of_2(uint32_t word, bool second) {
 __device__ __forceinline__ uint32_t spare_nibbles(const uint32_t (&word)[3]) {
   const uint32_t two = select_bits(word[0] >> 3, word[1] >> 2, 0x11111111u);
   return select_bits(two, word[2] >> 1, 0x33333333u);
+}
+
+__device__ __forceinline__ void load_half_of_3(uint32_t (&word)[3], uint32_t record, int half,
+                                               int lane) {
+  const uint2 q = load_shared2(record + lane * 16 + half * 8);
+  word[0] = q.x, word[1] = q.y, word[2] = load_shared(record + 512 + lane * 8 + half * 4);
 }
 
 // The codes of one tile that a lane holds, read from a record in shared memory.
@@ -175,9 +181,7 @@ struct Codes<3> {
     word[1][0] = q.z, word[1][1] = q.w, word[1][2] = r.y;
   }
   __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
-    const uint2 q = load_shared2(record + lane * 16 + half * 8);
-    word[half][0] = q.x, word[half][1] = q.y;
-    word[half][2] = load_shared(record + 512 + lane * 8 + half * 4);
+    load_half_of_3(word[half], record, half, lane);
   }
   // bit 3 of each nibble is another fragment's
   __device__ __forceinline__ uint32_t nibbles(int f) const {
@@ -186,9 +190,9 @@ struct Codes<3> {
 };
 
 // Makes A operands, two fragments at a time. Taking some values from registers with PRMT instead,
-// to relieve shared memory, gained nothing at any bit width (NOTES.md). `At`: what the compiler
-// knows of the table's address and adds in the load; the rest must have bits 8 to 15 free, as
-// above.
+// to relieve shared memory, gained nothing that a branch for pair tables left (NOTES.md). `At`:
+// what the compiler knows of the table's address and adds in the load; the rest must have bits 8 to
+// 15 free, as above.
 template <int Bits, int At = 0>
 struct Decoder {
   uint32_t lane_table;

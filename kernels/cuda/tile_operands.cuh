@@ -6,9 +6,8 @@
 
 namespace flute {
 
-// What a lane needs of the codes of one or two pairs of fragments, 16 rows x 32 columns each, in
-// one load of each plane: `first` is the first pair, a multiple of Pairs and the same for all
-// lanes.
+// What a lane needs of the codes of one or two pairs of fragments, 16 rows x 32 columns each:
+// `first` is the first pair, a multiple of Pairs and the same for all lanes.
 template <int Bits, int Pairs>
 struct PairCodes;
 
@@ -25,17 +24,11 @@ struct PairCodes<4, Pairs> {
 
 // At 3 and 2 bits the rest of a nibble is another fragment's or register's; the table does not
 // depend on it.
-__device__ __forceinline__ void load_words_of_3(uint32_t (&word)[3], uint32_t record, int lane,
-                                                int half) {
-  const uint2 q = load_shared2(record + lane * 16 + half * 8);
-  word[0] = q.x, word[1] = q.y, word[2] = load_shared(record + 512 + lane * 8 + half * 4);
-}
-
 template <>
 struct PairCodes<3, 2> {
   uint32_t word[3];
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
-    load_words_of_3(word, record, lane, first >> 1);
+    load_half_of_3(word, record, first >> 1, lane);
   }
   __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
     return pair * 2 + odd < 3 ? word[pair * 2 + odd] : spare_nibbles(word);
@@ -47,7 +40,7 @@ struct PairCodes<3, 1> {
   uint32_t even, odd;
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     uint32_t word[3];
-    load_words_of_3(word, record, lane, first >> 1);
+    load_half_of_3(word, record, first >> 1, lane);
     even = first & 1 ? word[2] : word[0], odd = first & 1 ? spare_nibbles(word) : word[1];
   }
   __device__ __forceinline__ uint32_t nibbles(int, int second) const { return second ? odd : even; }
