@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   if constexpr (Shape::kSmall && !FLUTE_HAS_BULK) return;
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
-  const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
+  const int warp = same_for_all(thread / 32);
   const int split = blockIdx.x & (p.splits - 1);
   const int half = half_of_block(p, blockIdx.x >> p.splits_log2);
   const BlockRows block(p, row_block(p, blockIdx.x >> p.splits_log2));
@@ -94,11 +94,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   ring.barriers = barriers, ring.slots_at = region;
   ring.slots = p.slots - (Shape::kSmall && warp >= p.full_regions);
   ring.rows = rows, ring.k_left = rows > 0 ? end - begin : 0;
-  ring.slot = ring.row = 0, ring.phase = 0, ring.ready = false;
-  ring.row_step = static_cast<int64_t>(p.k_tiles) * Shape::kRecord;
-  ring.back = -rows * ring.row_step;
-  ring.start_at(p.records + (static_cast<int64_t>(block.first_tile + first) * p.k_tiles + begin) *
-                                Shape::kRecord);
+  ring.slot = ring.row = 0, ring.phase = 0;
+  constexpr uint32_t kUnits = Shape::kRecord / 16;
+  ring.records = p.records;
+  ring.row_step = p.k_tiles * kUnits;
+  ring.back = Shape::kDepth * kUnits - rows * ring.row_step;
+  ring.start_at(((block.first_tile + first) * p.k_tiles + begin) * kUnits);
   if (lane < p.slots) barrier_init(barriers + lane * 8, FLUTE_HAS_BULK ? 1 : 32);
   if (lane == kMaxSlots) barrier_init(barriers + lane * 8, 32 * p.row_warps);
 #if FLUTE_HAS_BULK
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
 #pragma unroll
         for (int r = 0; r < Shape::kMaxRows; r++) {
           if (r < rows) {
-            const uint32_t slot = ring.wait(step);
+            const uint32_t slot = ring.wait();
 #pragma unroll
             for (int d = 0; d < kTiles; d++) {
               if (d > 0 && !all) continue;
@@ -183,12 +184,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
               Scales<Shape> scales;
               codes.load(slot + d * Shape::kRecord, lane);
               scales.load(slot + d * Shape::kRecord, lane);
-              if (d == 0) ring.look_ahead();
               multiply_tile<Shape>(sums[r], codes, scales, x[d], decoder, 0);
             }
             ring.advance(lane);
           }
         }
+        ring.next_step();
       };
       // Code of its own for a last k tile alone: within the other's a branch would keep the
       // compiler from doing one tile's loads under the other's products. Only for Hopper: with it
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
         for (int r = 0; r < Shape::kMaxRows; r++) {
           if (r < rows) {
             if (half == 0) {
-              record[r] = ring.wait(step);
+              record[r] = ring.wait();
               ring.skip();
             }
             Codes<Shape::kBits> codes;
@@ -226,6 +227,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
         }
       }
       ring = done;
+      ring.next_step();
     }
   }
 

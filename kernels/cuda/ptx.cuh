@@ -138,21 +138,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
-// Whether the phase is complete, without waiting.
-__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
-}
-
 // 16 bytes of global memory to shared memory, zeros where `valid` is false.
 __device__ __forceinline__ void copy16(uint32_t to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
@@ -174,6 +159,12 @@ __device__ __forceinline__ void commit_copies() {
 template <int Pending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// A value that is the same in all lanes, so that the compiler knows it, may keep it in a uniform
+// register, and does not compute it anew.
+__device__ __forceinline__ int same_for_all(int value) {
+  return __shfl_sync(~0u, value, 0);
 }
 
 #if FLUTE_HAS_BULK

@@ -42,17 +42,17 @@ struct BlockRows {
 template <typename Shape>
 struct TileRing {
   uint32_t barriers, slots_at;  // shared addresses: one barrier and one slot after another
-  const uint8_t* next;          // to request next
-  int64_t row_step;             // from one row tile to the next
-  int64_t back;                 // from behind the last row tile to the first
+  const uint8_t* records;       // the first, of all
+  uint32_t next;                // to request next, in 16 bytes from the first record
+  uint32_t row_step;            // from one row tile to the next
+  uint32_t back;                // from behind the last row tile to the next k tiles of the first
   int rows, row, k_left, slots;
   int slot;
   uint32_t phase;
-  // A slot's records begin where they do within a line of global memory: `origin` has the low bits
-  // of the first one's address. Row tiles that are no whole lines apart would take too many
-  // instructions; `line` is then 0.
-  uint32_t origin, line;
-  bool ready;  // the current slot is known to be filled
+  // A slot's records begin where they do within a line of global memory, where all of them begin at
+  // a whole one: `at_line` bytes into it in the current step. Row tiles that are no whole lines
+  // apart would take too many instructions; `line` is then 0.
+  uint32_t at_line, line;
 #if FLUTE_HAS_BULK
   uint64_t policy;
 #endif
@@ -60,38 +60,34 @@ struct TileRing {
   __device__ __forceinline__ void request(int at, int lane) {
     if (k_left <= 0) return;
     const uint32_t barrier = barriers + at * 8;
-    const uint32_t to = slots_at + at * Shape::kStride + (low_bits(next) & line);
+    const uint8_t* from = records + static_cast<uint64_t>(next) * 16;
+    const uint32_t to = slots_at + at * Shape::kStride + (next * 16 & line);
     const int bytes = Shape::kDepth == 1 || k_left == 1 ? Shape::kRecord : Shape::kSlot;
 #if FLUTE_HAS_BULK
-    if (elect_one()) bulk_copy(to, next, bytes, barrier, policy);
+    if (elect_one()) bulk_copy(to, from, bytes, barrier, policy);
 #else
-    for (int i = lane * 16; i < bytes; i += 512) copy16(to + i, next + i);
+    for (int i = lane * 16; i < bytes; i += 512) copy16(to + i, from + i);
     copies_arrive(barrier);
 #endif
     next += row_step;
-    if (++row == rows) row = 0, next += back + Shape::kSlot, k_left -= Shape::kDepth;
+    if (++row == rows) row = 0, next += back, k_left -= Shape::kDepth;
   }
-  __device__ __forceinline__ void start_at(const uint8_t* first) {
-    next = first, origin = low_bits(first), line = row_step % kLine == 0 ? kLine - 1 : 0;
-  }
-  static __device__ __forceinline__ uint32_t low_bits(const uint8_t* pointer) {
-    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer));
+  __device__ __forceinline__ void start_at(uint32_t first) {
+    next = first, line = row_step % (kLine / 16) == 0 ? kLine - 1 : 0;
+    at_line = first * 16 & line;
   }
   // Fills slots `from` .. `to` - 1.
   __device__ __forceinline__ void start(int from, int to, int lane) {
 #pragma unroll 1
     for (int i = from; i < to; i++) request(i, lane);
   }
-  // For the records of a step.
-  __device__ __forceinline__ uint32_t wait(int step) const {
-    if (!ready) barrier_wait(barriers + slot * 8, phase);
-    return slots_at + slot * Shape::kStride + ((origin + step * Shape::kSlot) & line);
+  // For the records of the current step.
+  __device__ __forceinline__ uint32_t wait() const {
+    barrier_wait(barriers + slot * 8, phase);
+    return slots_at + slot * Shape::kStride + at_line;
   }
-  // Asks early whether the next slot is filled: the answer takes as long as a few table loads.
-  __device__ __forceinline__ void look_ahead() {
-    const bool wraps = slot + 1 == slots;
-    ready = barrier_test(barriers + (wraps ? 0 : slot + 1) * 8, phase ^ (wraps ? 1 : 0));
-  }
+  // After the last row tile of a step.
+  __device__ __forceinline__ void next_step() { at_line = (at_line + Shape::kSlot) & line; }
   // To the next slot; the current one stays as it is.
   __device__ __forceinline__ void skip() {
     if (++slot == slots) slot = 0, phase ^= 1;

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   using T = typename Shape::T;
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
-  const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
+  const int warp = same_for_all(thread / 32);
   const int group = warp / 4, quarter = warp % 4;
   const int splits = 1 << p.splits_log2, split = blockIdx.x & (splits - 1);
   // In x: the blocks that split k, within the halves of a gated launch, within the columns of x.
@@ -89,8 +89,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int whole = (block.tiles - quarter + 3) / 4;  // 64-row tiles that hold rows of this warp
   const int block_begin = p.k_tiles * split >> p.splits_log2;
   const int block_length = (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
-  const int begin = block_begin + (block_length * k_group >> p.k_groups_log2);
-  const int k_tiles = block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin;
+  // Passed through a shuffle, as the compiler would compute both anew from the launch's parameters
+  // for each k tile.
+  const int begin = same_for_all(block_begin + (block_length * k_group >> p.k_groups_log2));
+  const int k_tiles =
+      same_for_all(block_begin + (block_length * (k_group + 1) >> p.k_groups_log2) - begin);
 
   // Shared memory: barriers | some warps' rings | table | x, the other rings. Where sums are
   // shared, all of it but the barriers is used anew: each warp's sums | room for those of other
@@ -117,6 +120,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   x.filled = base + sm90_x_barriers(Shape::kWarpgroups) + k_group * kMaxXStages * 16;
   x.emptied = x.filled + kMaxXStages * 8;
   x.at = base + p.x_offset + k_group * p.x_stages * Shape::kXStage;
+  x.first_descriptor = x_descriptor(x.at);
   x.map = &x_map, x.stages = p.x_stages, x.lag = p.x_lag;
   x.column = begin * kTileK, x.row = column0, x.length = k_tiles;
   x.next = x.stage = x.refill = 0, x.phase = x.refill_phase = 0, x.left = rounds * k_tiles;
@@ -175,15 +179,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         const uint32_t slot = ring.take();
         products.load(slot, lane);
         products.template tile<0, -1>(
-            x.address(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
+            x.descriptor(x0), decoder, [] {}, [&] { products.load(slot + Shape::kRecord, lane); });
         const int x1 = x.take();
         products.template tile<1, 0>(
-            x.address(x1), decoder, [&] { x.release(x0, lane, brings_x); }, free_slot);
+            x.descriptor(x1), decoder, [&] { x.release(x0, lane, brings_x); }, free_slot);
         products.template settle<1>();
         x.release(x1, lane, brings_x);
       } else {
         products.load(ring.take(), lane);
-        products.template tile<0, -1>(x.address(x0), decoder, [] {}, free_slot);
+        products.template tile<0, -1>(x.descriptor(x0), decoder, [] {}, free_slot);
         products.template settle<0>();
         x.release(x0, lane, brings_x);
       }

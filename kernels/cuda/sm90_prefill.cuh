@@ -180,7 +180,7 @@ struct WideProducts {
       if constexpr (half == 1 &&
                     (unit / 2 % Shape::kDepth == Shape::kDepth - 1 || unit == 2 * KTiles - 1))
         decoded();
-      multiply_box<T, Shape::kColumns>(sums, a[half], take(), true);
+      multiply_box<T, Shape::kColumns>(sums, a[half], x_descriptor(take()), true);
     });
     // Products may not be under way across a turn of the loop: ptxas then lets none overlap.
     wgmma_wait<0>();
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   using T = typename Shape::T;
   extern __shared__ uint8_t shared[];
   const int lane = threadIdx.x % 32;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int warp = same_for_all(threadIdx.x / 32);
   const int group = warp / 4;
 
   // Shared memory: barriers | x | sums on their way out | weights of each warpgroup.

@@ -29,7 +29,8 @@ struct Sm90Shape {
   static constexpr int kXStage = kXBoxes * kBoxBytes;
   // With few columns and one group, sums of a k tile take fewer multiplications than its weights,
   // but registers for its own sums.
-  static constexpr bool kScaleSums = Columns_ == 16 && Groups_ == 1;
+  static constexpr bool kScaleSums =
+      Groups_ == 1 && (Columns_ == 16 || (Columns_ == 32 && kWarpgroups == 4));
 };
 
 #if FLUTE_HAS_WGMMA
@@ -47,7 +48,7 @@ __device__ __forceinline__ void apply_scales(uint32_t (&a)[4][4], const uint32_t
   }
 }
 
-// d += a * x for 64 columns of k at `x`; asynchronous.
+// d += a * x for the 64 columns of k that begin at the matrix descriptor `x`; asynchronous.
 template <typename T, int Columns>
 __device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (&a)[4][4],
                                              uint32_t x, bool accumulate) {
@@ -57,7 +58,7 @@ __device__ __forceinline__ void multiply_box(float (&d)[Columns / 2], uint32_t (
   wgmma_begin();
 #pragma unroll
   for (int f = 0; f < 4; f++)
-    wgmma<T, Columns>(d, a[f], x_descriptor(x) + f * kDescriptorStep, f > 0 || accumulate);
+    wgmma<T, Columns>(d, a[f], x + f * kDescriptorStep, f > 0 || accumulate);
   wgmma_commit();
   pin(d);
 }
@@ -154,7 +155,7 @@ struct Products {
         decoder.decode(a[buffer][f], a[buffer][f + 1], codes, 2 * half + f / 2);
       if constexpr (!Shape::kScaleSums) apply_scales<T>(a[buffer], word, 4 * half);
       if (half == 1) decoded();
-      const uint32_t box = x + half * Shape::kBoxBytes;
+      const uint32_t box = x + half * (Shape::kBoxBytes >> kDescriptorShift);
       if constexpr (Shape::kScaleSums)
         multiply_box<T, Shape::kColumns>(part[Unit % kBuffers], a[buffer], box, half == 1);
       else

@@ -58,6 +58,7 @@ struct RecordRing {
 template <typename Shape>
 struct XRing {
   uint32_t filled, emptied, at;  // shared addresses: barriers, and the first stage
+  uint32_t first_descriptor;     // of the first stage
   const CUtensorMap* map;
   int stages, lag;
   int column, row;    // of the map: the first column and row of x
@@ -88,8 +89,8 @@ struct XRing {
     if (++stage == stages) stage = 0, phase ^= 1;
     return taken;
   }
-  __device__ __forceinline__ uint32_t address(int taken) const {
-    return at + taken * Shape::kXStage;
+  __device__ __forceinline__ uint32_t descriptor(int taken) const {
+    return first_descriptor + taken * (Shape::kXStage >> kDescriptorShift);
   }
   // A warp has read a stage. The warp that brings x refills an earlier one, if told to lag, so that
   // it need not wait for the slowest warpgroup. All its lanes wait: where one did, the compiler

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     tile_kernel(const __grid_constant__ TileParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
-  const int warp = __shfl_sync(~0u, thread / 32, 0);  // known to be the same for all lanes
+  const int warp = same_for_all(thread / 32);
   const int row_warp = warp % Shape::kRowWarps;
   const int token_warp = warp / Shape::kRowWarps % Shape::kTokenWarps;
   const int k_warp = warp / (Shape::kRowWarps * Shape::kTokenWarps);

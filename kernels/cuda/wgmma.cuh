@@ -23,10 +23,11 @@ constexpr int kSwizzleRowBytes = kSwizzleColumns * 2;  // 8 rows are one swizzle
 // half varies, 16 columns further on by `kDescriptorStep`. The high half says that rows are
 // swizzled in 128 bytes and groups of eight rows 1 KiB apart. (Shared addresses have less than 18
 // bits.)
+constexpr int kDescriptorShift = 4;  // it counts in 16 bytes: n bytes further on are n >> 4
 __device__ __forceinline__ uint32_t x_descriptor(uint32_t address) {
-  return 1u << 16 | address >> 4;
+  return 1u << 16 | address >> kDescriptorShift;
 }
-constexpr uint32_t kDescriptorStep = 16 * 2 >> 4;
+constexpr uint32_t kDescriptorStep = 16 * 2 >> kDescriptorShift;
 
 __device__ __forceinline__ void wgmma_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

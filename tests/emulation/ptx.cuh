@@ -186,6 +186,9 @@ inline int __shfl_sync(unsigned, int value, int lane) {
   const uint32_t word = value;
   return flute::exchange(&word, 1)[lane][0];
 }
+inline int same_for_all(int value) {
+  return __shfl_sync(~0u, value, 0);
+}
 inline float __uint_as_float(uint32_t word) {
   float value;
   memcpy(&value, &word, 4);
