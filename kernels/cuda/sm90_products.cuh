@@ -29,8 +29,7 @@ struct Sm90Shape {
   static constexpr int kXStage = kXBoxes * kBoxBytes;
   // With few columns and one group, sums of a k tile take fewer multiplications than its weights,
   // but registers for its own sums.
-  static constexpr bool kScaleSums =
-      Groups_ == 1 && (Columns_ == 16 || (Columns_ == 32 && kWarpgroups == 4));
+  static constexpr bool kScaleSums = Columns_ <= 32 && Groups_ == 1;
 };
 
 #if FLUTE_HAS_WGMMA
@@ -105,7 +104,7 @@ struct Products {
   float sums[kCount];
   // Of the tile in hand and, with two buffers, the one before.
   float part[kBuffers][Shape::kScaleSums ? kCount : 1];
-  float2 scale;                   // of the tile in hand
+  uint32_t scale;                 // of the tile in hand, as below
   uint32_t a[kBuffers][4][4];     // the decoded weights of half a tile each
   Codes<Shape::kBits> codes;      // of the next tile
   uint32_t word[Shape::kGroups];  // its scales: rows g (low half) and g + 8 of each group
@@ -127,9 +126,10 @@ struct Products {
   template <int Unit>
   __device__ __forceinline__ void fold() {
     constexpr int kPart = Unit % kBuffers;
+    const float2 of_rows = widen<T>(scale);
     pin(part[kPart]);
 #pragma unroll
-    for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? scale.y : scale.x) * part[kPart][i];
+    for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? of_rows.y : of_rows.x) * part[kPart][i];
   }
 
   // k tile `Unit` of a step. Its codes are loaded; `decoded` runs
@@ -146,7 +146,7 @@ struct Products {
       if constexpr (Shape::kScaleSums) {
         if (previous_over) {
           if constexpr (Previous >= 0) fold<Previous>();
-          scale = widen<T>(word[0]);
+          scale = word[0];
         }
       }
       if (previous_over) previous_done();
