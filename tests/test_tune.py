@@ -91,25 +91,51 @@ def test_a_careful_time_is_the_mean_of_two_states_of_the_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("m", [tune.FEW_ROWS, 16, 128, 512])
-def test_the_launch_that_runs_now_is_always_a_candidate(m):
-    few = tune.candidates(LAYER, m, tuning.H200, 1)
+def test_the_launch_that_runs_now_is_that_of_the_plan(m):
     plan = tuning.entries(LAYER.n, LAYER.k, 4, 128, LAYER.parts, tuning.H200, overlap=1)
-    current = tuning.entry_of(plan, m)
-    found = tune.with_current(few, LAYER, m, tuning.H200)
-    assert found[: len(few)] == few
-    assert (current.kernel, current.config) in {(e.kernel, e.config) for e in found}
-    assert tune.with_current(found, LAYER, m, tuning.H200) == found
+    entry = tuning.entry_of(plan, m)
+    current = tune.current_launch(LAYER, m, tuning.H200)
+    assert (current.kernel, current.config) == (entry.kernel, entry.config)
+    # Equal to the candidate that is the same launch, where there is one.
+    every = tune.candidates(LAYER, m, tuning.H200, 10_000)
+    same = [e for e in every if (e.kernel, e.config) == (entry.kernel, entry.config)]
+    assert same in ([], [current])
 
 
-def test_of_several_passes_the_last_counts_and_only_finalists_are_timed_carefully():
+def test_the_launch_that_runs_now_stays_unless_another_is_clearly_faster():
+    now, slow, fast = (Entry(16, SM90, (i,)) for i in range(3))
+    quick = {now: 9.0, slow: 2.0, fast: 1.0}  # by this alone it would be no finalist
+    careful = {now: 10.0, slow: 10.5, fast: 9.9}
+
+    def time_us(entry, is_careful):
+        return careful[entry] if is_careful else quick[entry]
+
+    def best():
+        return tune.best_of([slow, fast, now], time_us, finalists=2, passes=3, current=now)
+
+    assert best() == (now, 10.0)
+    careful[fast] = 9.7
+    assert best() == (fast, 9.7)
+
+
+def test_a_decode_launch_that_runs_now_stays_too():
+    now, other = Entry(16, DECODE, (1,)), Entry(16, SM90, (2,))
+    times = {now: 9.9, other: 10.0}
+    time_us = lambda entry, _: times[entry]  # noqa: E731
+    assert tune.best_of([other, now], time_us, current=now) == (now, 9.9)
+    times[other] = 9.5
+    assert tune.best_of([other, now], time_us, current=now) == (other, 9.5)
+
+
+def test_of_several_passes_the_first_does_not_count_and_only_finalists_are_timed_carefully():
     a, b, c = (Entry(128, SM90, (i,)) for i in range(3))
-    careful = {a: iter((5.0, 9.0)), b: iter((6.0, 8.0))}
+    careful = {a: iter((5.0, 9.0, 9.0)), b: iter((6.0, 8.0, 8.5))}
     quick = {a: 1.0, b: 2.0, c: 3.0}
 
     def time_us(entry, is_careful):
         return next(careful[entry]) if is_careful else quick[entry]
 
-    assert tune.best_of([a, b, c], time_us, finalists=2, passes=2) == (b, 8.0)
+    assert tune.best_of([a, b, c], time_us, finalists=2, passes=3) == (b, 8.25)
 
 
 def test_the_file_is_replaced_whole(tmp_path):
