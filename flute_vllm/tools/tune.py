@@ -35,7 +35,7 @@ TUNED_ROWS = (FEW_ROWS, *tuning.SM90_BUCKETS)
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 # So much faster must another launch be to replace the one that runs now. Of 74 entries that one run
-# replaced without such a margin, some were 2 to 6 % slower in the next runs (NOTES.md).
+# changed without such a margin, some were 2 to 6 % slower in the next two (NOTES.md).
 REPLACES = 0.98
 QUICK, CAREFUL, FINALISTS = 2, 7, 4  # replays of all candidates, of the best few
 PASSES = 3  # over the best few, one after another, so that a drift of the clock meets all of them

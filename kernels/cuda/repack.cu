@@ -81,8 +81,11 @@ extern "C" {
 
 int64_t flute_record_words(const FluteMatrix* m) {
   if (flute::check(*m)) return -1;
-  return static_cast<int64_t>(flute::Parts(*m).tiles()) * flute::ceil_div(m->k, flute::kTileK) *
-         (flute::record_bytes(m->bits, flute::groups_in_tile(m->group_size)) / 4);
+  const int64_t records =
+      static_cast<int64_t>(flute::Parts(*m).tiles()) * flute::ceil_div(m->k, flute::kTileK);
+  const int bytes = flute::record_bytes(m->bits, flute::groups_in_tile(m->group_size));
+  // Kernels count places in 16 bytes, with 32 bits.
+  return records * (bytes / 16) >> 32 ? -1 : records * (bytes / 4);
 }
 
 int flute_repack(const FluteMatrix* m, const void* qweight, const void* scales, void* records,

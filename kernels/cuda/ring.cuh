@@ -49,9 +49,9 @@ struct TileRing {
   int rows, row, k_left, slots;
   int slot;
   uint32_t phase;
-  // A slot's records begin where they do within a line of global memory, where all of them begin at
-  // a whole one: `at_line` bytes into it in the current step. Row tiles that are no whole lines
-  // apart would take too many instructions; `line` is then 0.
+  // A slot's records begin where they do within a line of global memory, whose first record begins
+  // one (api.cu sees to that): `at_line` bytes into it in the current step. Row tiles that are no
+  // whole lines apart would take too many instructions; `line` is then 0.
   uint32_t at_line, line;
 #if FLUTE_HAS_BULK
   uint64_t policy;

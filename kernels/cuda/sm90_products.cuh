@@ -104,7 +104,7 @@ struct Products {
   float sums[kCount];
   // Of the tile in hand and, with two buffers, the one before.
   float part[kBuffers][Shape::kScaleSums ? kCount : 1];
-  uint32_t scale;                 // of the tile in hand, as below
+  uint32_t scale;                 // of the tile that fold() adds next, as below
   uint32_t a[kBuffers][4][4];     // the decoded weights of half a tile each
   Codes<Shape::kBits> codes;      // of the next tile
   uint32_t word[Shape::kGroups];  // its scales: rows g (low half) and g + 8 of each group
@@ -114,7 +114,8 @@ struct Products {
     for (int i = 0; i < kCount; i++) sums[i] = 0;
   }
 
-  // Scales first: when the codes have arrived, they have.
+  // The slot may be refilled once the products of the tile's first half have been issued: what a
+  // warp reads from shared memory arrives in order, the scales before those table entries.
   __device__ __forceinline__ void load(uint32_t record, int lane) {
     const uint32_t scales_at = record + code_bytes(Shape::kBits) + (lane / 4) * Shape::kGroups * 4;
 #pragma unroll

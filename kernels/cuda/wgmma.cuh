@@ -19,11 +19,12 @@ constexpr int kSwizzleColumns = 64;                    // numbers of k in a swiz
 constexpr int kSwizzleRowBytes = kSwizzleColumns * 2;  // 8 rows are one swizzle pattern: 1 KiB
 
 #if FLUTE_HAS_WGMMA
-// Matrix descriptors of x, columns [0, 16) of the 64 at `address`, a multiple of 1 KiB: the low
+// Matrix descriptors count in 16 bytes: n bytes further on are n >> kDescriptorShift.
+constexpr int kDescriptorShift = 4;
+// Those of x, columns [0, 16) of the 64 at `address`, a multiple of 1 KiB: the low
 // half varies, 16 columns further on by `kDescriptorStep`. The high half says that rows are
 // swizzled in 128 bytes and groups of eight rows 1 KiB apart. (Shared addresses have less than 18
 // bits.)
-constexpr int kDescriptorShift = 4;  // it counts in 16 bytes: n bytes further on are n >> 4
 __device__ __forceinline__ uint32_t x_descriptor(uint32_t address) {
   return 1u << 16 | address >> kDescriptorShift;
 }
