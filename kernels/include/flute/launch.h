@@ -74,8 +74,8 @@ typedef struct {
   int64_t total, bytes;
 } FluteAhead;
 
-// Words (int32) of the internal layout of a matrix; -1 where a shape has none, as it is not legal or
-// would take 64 GiB and more. Records begin at a multiple of 128 bytes.
+// Words (int32) of the internal layout of a matrix; -1 where a shape has none, as it is not legal
+// or would take 64 GiB and more. Records begin at a multiple of 128 bytes.
 FLUTE_API int64_t flute_record_words(const FluteMatrix* matrix);
 
 // Canonical qweight int32 [n, k/32*bits] and scales [n, groups] to the internal layout.
