@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 
 from flute_vllm import format as fmt
+from flute_vllm import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_kernels  # noqa: E402
+import c_api  # noqa: E402
 import targets  # noqa: E402
 
 from flute_vllm.tools import peers, timing  # noqa: E402
@@ -167,3 +171,19 @@ def test_formats_are_parsed():
         (3, 64, True, torch.bfloat16),
         (2, -1, False, torch.float16),
     ]
+
+
+@pytest.mark.skipif(not ops.has_cuda_kernels(), reason="kernels built without CUDA")
+def test_no_layout_has_more_records_than_kernels_can_count():
+    """Their places are 32-bit numbers of 16 bytes (kernels/cuda/ring.cuh)."""
+    library = c_api.open_library(os.environ.get("FLUTE_CUDA_LIBRARY") or str(ops.LIBRARY))
+
+    def words(n: int, k: int) -> int:
+        rows = (ctypes.c_int32 * c_api.MAX_PARTS)(n)
+        matrix = c_api.Matrix(n, k, 4, 128, dtype=1, parts=1, part_rows=rows)
+        return library.flute_record_words(ctypes.byref(matrix))
+
+    record = 16 * 128 // 2 + 16 * 2  # codes and scales of 16 rows and 128 columns
+    assert words(48, 256) == 3 * 2 * record // 4
+    assert words(1 << 20, 1 << 16) == (1 << 16) * (1 << 9) * record // 4  # 35 GB
+    assert words(1 << 20, 1 << 17) == -1  # 71 GB
