@@ -121,10 +121,13 @@ def test_the_launch_that_runs_now_stays_unless_another_is_clearly_faster():
 def test_a_decode_launch_that_runs_now_stays_too():
     now, other = Entry(16, DECODE, (1,)), Entry(16, SM90, (2,))
     times = {now: 9.9, other: 10.0}
-    time_us = lambda entry, _: times[entry]  # noqa: E731
-    assert tune.best_of([other, now], time_us, current=now) == (now, 9.9)
+
+    def best():
+        return tune.best_of([other, now], lambda entry, _: times[entry], current=now)
+
+    assert best() == (now, 9.9)
     times[other] = 9.5
-    assert tune.best_of([other, now], time_us, current=now) == (other, 9.5)
+    assert best() == (other, 9.5)
 
 
 def test_of_several_passes_the_first_does_not_count_and_only_finalists_are_timed_carefully():
