@@ -55,6 +55,9 @@ COMPILE_S = 300  # for peers that compile, where no budget is given
 KEY = ("family", "layer", "m", "bits", "group_size", "lut", "dtype")
 ERROR_BLOCK = 8192  # rows of the weight held in float64 at once
 
+FEW_ROWS = (tuning.DECODE, tuning.PLANES)
+OVERLAPPING = (*FEW_ROWS, tuning.SM90)
+
 
 @dataclass
 class Ours:
@@ -169,11 +172,11 @@ def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: f
     def timed(entry: tuning.Entry, overlap: int, ahead: int = 0) -> float:
         for layer, after in zip(case.copies, [*case.copies[1:], case.copies[0]], strict=True):
             layer.next, layer.next_bytes = after.records, ahead
-        if entry.kernel in (tuning.DECODE, tuning.SM90):
+        if entry.kernel in OVERLAPPING:
             entry = replace(entry, config=(*entry.config[:-1], overlap))
         run = replace(ours, entry=entry)
         functions = [functools.partial(run, layer, x, y, m) for layer in case.copies]
-        estimate = floor + 3 if entry.kernel == tuning.DECODE else 0.0
+        estimate = floor + 3 if entry.kernel in FEW_ROWS else 0.0
         return graph_us(functions, arguments.replays, estimate_us=estimate)
 
     found = [ours.choice(case.layer, m)]
@@ -182,10 +185,10 @@ def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: f
         problem = tuning.Problem(matrix.n, matrix.k, m, matrix.bits, matrix.group_size)
         found = decode_candidates(problem, ours.gpu, arguments.sweep)
     plain, entry = min(((timed(entry, 0), entry) for entry in found), key=lambda p: p[0])
-    if entry.kernel not in (tuning.DECODE, tuning.SM90):
+    if entry.kernel not in OVERLAPPING:
         return plain, None, None, entry
     # The plugin's 1: the next launch starts early. More: it may also fetch weights.
-    early = (1, entry.config[3]) if entry.kernel == tuning.DECODE else (1,)
+    early = (1, entry.config[3]) if entry.kernel in FEW_ROWS else (1,)
     overlapped = min(timed(entry, overlap) for overlap in early)
     return plain, overlapped, timed(entry, 1, tuning.AHEAD_BYTES), entry
 

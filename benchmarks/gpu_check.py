@@ -37,6 +37,7 @@ COUNTS = (
     *(1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 20, 23, 24, 27, 31, 32),
     *(33, 48, 57, 64, 65, 96, 100, 128, 129, 192, 200, 257, 500, 1000, 8192),
 )
+UNEVEN_COUNTS = (1, 5, 20, 100)  # some columns of x are far larger than the others
 SMALL_COUNTS = (1, 8, 13, 32, 33, 64, 100, 128, 200, 257)
 
 
@@ -45,6 +46,8 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
     m = problem[2]
     kernels = [tuning.TILE]
     kernels += [tuning.DECODE] if m <= tuning.MAX_ROWS else []
+    if m == 1 and tuning.planes.takes(tuning.planes.Problem(*problem), gpu):
+        kernels += [tuning.PLANES] * 4
     kernels += [tuning.SM90, tuning.SM90] if gpu.capability == 90 else []
     kernel = rng.choice(kernels)
     while True:
@@ -56,6 +59,13 @@ def random_entry(problem: tuple, gpu: tuning.Device, rng: random.Random) -> tuni
                 rng.choice((0, 0, 1, 4)),
             )  # fmt: skip
             full = tuning.complete(tuning.Problem(*problem), config, gpu)
+        elif kernel == tuning.PLANES:
+            config = tuning.Config(
+                rng.choice((1, 2, 3, 5, 8, 14, 31, 60, 120)), rng.choice(tuning.planes.ROW_WARPS),
+                rng.choice((1, 2, 4, 8)), rng.choice((0, 1, 3)), tuning.planes.WARPS,
+                rng.choice((0, 0, 1, 4)),
+            )  # fmt: skip
+            full = tuning.planes.complete(tuning.planes.Problem(*problem), config, gpu)
         elif kernel == tuning.SM90:
             prefill = rng.random() < 0.3
             columns = rng.choice(tuning.sm90.PREFILL_COLUMNS if prefill else tuning.sm90.COLUMNS)
@@ -105,7 +115,10 @@ def check_grid(library: Library, gpu: tuning.Device, small: bool) -> dict:
             for m in SMALL_COUNTS if small else COUNTS:
                 if m * n > 1 << 25:
                     continue
-                x = torch.randn(m, k, device="cuda").to(dtype)
+                x = torch.randn(m, k, device="cuda")
+                if m in UNEVEN_COUNTS:
+                    x[:, :: rng.choice((5, 37, 97))] *= rng.choice((30, 300))
+                x = x.to(dtype)
                 reference = x.double() @ exact.t()
                 bound = relative_error(x @ w.t(), reference)
                 problem = (n, k, m, bits, group, parts, pair)

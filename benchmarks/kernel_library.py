@@ -128,10 +128,24 @@ class Library:
         records: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``records`` replaces those of the layer: a copy, in rotation."""
+        return self._decode(self.c.flute_decode, layer, config, x, y, records)
+
+    def planes(
+        self,
+        layer: Layer,
+        config: tuning.Config,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        records: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same by the kernel of bit planes."""
+        return self._decode(self.c.flute_planes, layer, config, x, y, records)
+
+    def _decode(self, function, layer, config, x, y, records):
         c = DecodeConfig(*config.numbers)
         records = layer.records if records is None else records
         arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, layer.ahead())
-        self._call(self.c.flute_decode, layer.matrix, *arguments)
+        self._call(function, layer.matrix, *arguments)
         return y
 
     def sm90_gemm(
@@ -214,6 +228,8 @@ class Library:
             layer = replace(layer, matrix=matrix)
         if entry.kernel == tuning.DECODE:
             return self.decode(layer, tuning.Config(*entry.config), x, y, records)
+        if entry.kernel == tuning.PLANES:
+            return self.planes(layer, tuning.Config(*entry.config), x, y, records)
         if entry.kernel == tuning.SM90:
             return self.sm90_gemm(layer, entry.config, x, y, records)
         if entry.kernel == tuning.TILE:

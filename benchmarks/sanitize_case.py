@@ -25,15 +25,16 @@ NAN_BYTE = 0xFF  # 0xFFFF is a NaN in float16 and in bfloat16
 DTYPES = {"float16": 0, "bfloat16": 1}
 INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
 CONFIGS = {
-    "decode": DecodeConfig, "sm90": Sm90Config, "prefill": Sm90Config, "tile": TileConfig,
+    "decode": DecodeConfig, "planes": DecodeConfig, "sm90": Sm90Config, "prefill": Sm90Config,
+    "tile": TileConfig,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """Repack, then ``kind``: "dequantize", or ``launches`` times "decode", "sm90", "prefill" (the
-    Hopper kernel with 192 or 256 columns) or "tile". Without a matrix: "activate", x [m, n], and
-    "norm" with its sum, x [m, k]."""
+    """Repack, then ``kind``: "dequantize", or ``launches`` times "decode", "planes", "sm90",
+    "prefill" (the Hopper kernel with 192 or 256 columns) or "tile". Without a matrix: "activate",
+    x [m, n], and "norm" with its sum, x [m, k]."""
 
     kind: str
     n: int
@@ -159,7 +160,13 @@ def run(library, case: Case, gpu: Gpu) -> int:
     elif case.kind == "dequantize":
         check(library.flute_dequantize(at, records, table, out, None))
     else:
-        x = gpu.upload(halves(case.m * case.k, case.dtype, 1.0, rng))
+        content = halves(case.m * case.k, case.dtype, 1.0, rng)
+        if case.kind == "planes" and case.launches == 1:  # so that a row takes two numbers
+            blocks = range(0, len(content), 256)
+            small = [halves(120, case.dtype, 0.01, rng) for _ in blocks]
+            whole = zip(blocks, small, strict=True)
+            content = b"".join(content[at : at + 16] + rest for at, rest in whole)[: len(content)]
+        x = gpu.upload(content)
         if len(case.config) != len(CONFIGS[case.kind]._fields_):  # ctypes would fill up with zeros
             raise ValueError(f"a launch of {case.kind} has other numbers than {case.config}")
         config = ctypes.byref(CONFIGS[case.kind](*case.config))
@@ -171,7 +178,9 @@ def run(library, case: Case, gpu: Gpu) -> int:
         else:
             ahead = Ahead(records, words * 4, case.ahead)
             launch, last = library.flute_decode, ctypes.byref(ahead) if case.ahead else None
-            if case.kind != "decode":
+            if case.kind == "planes":
+                launch = library.flute_planes
+            elif case.kind != "decode":
                 size = library.flute_sm90_workspace(config)
                 launch, workspace = library.flute_sm90_gemm, gpu.empty(size) if size else None
                 arguments = (*arguments, workspace)

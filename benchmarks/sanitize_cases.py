@@ -13,7 +13,7 @@ from sanitize_case import Case
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flute_vllm import tuning  # noqa: E402
 
-KERNELS = ("decode", "sm90", "prefill", "tile", "dequantize", "activate", "norm")
+KERNELS = ("decode", "planes", "sm90", "prefill", "tile", "dequantize", "activate", "norm")
 COLUMNS_OF = {32: 1056, 64: 1088, 128: 1152, 256: 2304, -1: 416}  # K, by group size
 FEW_TILES = ((1, 1, 1), (4, 4, 2), (2, 16, 1), (3, 2, 8), (2, 1, 4))
 # Decode blocks: most rows of x, warps, most row tiles of a warp. Some ways to cut a launch of each.
@@ -30,11 +30,12 @@ PARTS = ((), (37, 63), (24,), (40, 16, 44), (129,))  # of a layer; (): one of 33
 
 
 def cases() -> Iterator[Case]:
-    """First every compiled block of every kernel once, and what few launches do; then for each
-    block all widths of codes with groups of 32, 64 and more, kernel after kernel in turn."""
+    """First every compiled block of every kernel once, and what few launches do; then all of a
+    kernel with few cases; then for each block all widths of codes with groups of 32, 64 and more,
+    kernel after kernel in turn."""
     seen: set[Case] = set()
     later = (decode_cases(), sm90_cases(), prefill_cases(), tile_cases(), dequantize_cases())
-    for case in (*first_cases(), *in_turn(*later)):
+    for case in (*first_cases(), *planes_cases(), *in_turn(*later)):
         if case not in seen:
             seen.add(case)
             yield case
@@ -46,7 +47,7 @@ def first_cases() -> Iterator[Case]:
     ) -> Iterator[Case]:
         group = 32 if k % 128 else 128
         for wish in wishes:
-            case = Case(kind, n, k, 4, group, **({"m": m} | fields))
+            case = replace(Case(kind, n, k, 4, group), **({"m": m} | fields))
             launch = configured(case, wish)
             if launch is None:
                 raise ValueError(f"no launch {wish} of {case}")
@@ -62,6 +63,9 @@ def first_cases() -> Iterator[Case]:
     halves = {"n": 200, "parts": (100, 100)}
     yield from found("decode", 8, (3, 1, 1), launches=2, activation=1, **halves)
     yield from found("decode", 5, (7, 1, 2, 0, 8), activation=2, **pair, **halves)
+    two_bits = {"bits": 2, "group_size": -1}
+    yield from found("planes", 1, (3, 2, 1), activation=1, launches=2, **two_bits, **halves)
+    yield from found("planes", 1, (2, 4, 4), **two_bits, **half)
     yield from found("sm90", 40, (64, 4, 4, 4, 1), launches=2, activation=3, **halves)
     yield from found("sm90", 13, (16, 8, 3, 2, 2), activation=1, **half, **halves)
     yield from found("activate", 7, (), activation=1, launches=2, n=400)
@@ -155,6 +159,19 @@ def decode_cases() -> Iterator[Case]:
     )
 
 
+def planes_cases() -> Iterator[Case]:
+    """The kernel takes only 2 bits, one row of x and groups of whole tiles."""
+    cuts = itertools.cycle(((1, 1, 1), (5, 4, 2), (2, 32, 1, 1), (7, 2, 8), (3, 1, 4, 1)))
+    launches, parts = itertools.cycle((1, 3, 1)), itertools.cycle(PARTS)
+    for group, dtype in itertools.product((128, 256, -1), ("bfloat16", "float16")):
+        rows = next(parts)
+        case = Case(
+            "planes", sum(rows) or 333, COLUMNS_OF[group], 2, group, dtype, parts=rows,
+            launches=next(launches), ahead=4096,
+        )  # fmt: skip
+        yield first_legal(case, cuts, ())
+
+
 def sm90_cases() -> Iterator[Case]:
     formats = Formats("sm90")
     rows = {16: (9, 13, 16, 33), 32: (17, 31, 9, 100), 64: (33, 64, 100, 129), 128: (100, 129, 257)}
@@ -209,6 +226,12 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
     sizes = (case.n, case.k, case.m, case.bits, case.group_size, case.parts)
     overlap = 1 if case.launches > 1 else 0
     full: tuning.Config | tuning.sm90.Config | tuning.tile.Config | None
+    if case.kind == "planes":
+        config = replace(tuning.Config(*wish), warps=tuning.planes.WARPS, overlap=overlap)
+        full = tuning.planes.complete(tuning.planes.Problem(*sizes), config, tuning.H200)
+        if full is None or (case.activation and not _gates(case, full)):
+            return None
+        return replace(case, config=full.numbers)
     if case.kind in ("dequantize", "activate", "norm"):
         return case
     if case.kind == "decode":
@@ -230,7 +253,7 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
 
 
 def _gates(case: Case, config) -> bool:
-    kernel = tuning.DECODE if case.kind == "decode" else tuning.SM90
+    kernel = {"decode": tuning.DECODE, "planes": tuning.PLANES}.get(case.kind, tuning.SM90)
     problem = (case.n, case.k, case.m, case.bits, case.group_size, case.parts, case.pair)
     return tuning.can_gate(tuning.Entry(case.m, kernel, config.numbers), problem, tuning.H200)
 
@@ -239,7 +262,7 @@ def barriers(case: Case) -> int:
     """Of a cluster in shared memory, used or not: the tools overflow when they count too few."""
     # Both halves of a gated launch are in one cluster, and launches may overlap.
     times = (2 if case.activation else 1) * case.launches
-    if case.kind == "decode":  # of the warps, and of the cluster
+    if case.kind in ("decode", "planes"):  # of the warps, and of the cluster
         config = tuning.Config(*case.config)
         return (config.warps * (tuning.MAX_SLOTS + 1) + 1) * config.splits * times
     if case.kind == "sm90":

@@ -137,7 +137,7 @@ Tensor dense_records(const char* op, const FluteMatrix& matrix, const Tensor& qw
 }
 
 // What runs with up to `largest_m` rows of x (0: any), as flute_vllm/tuning/plan.py chose it.
-enum Kernel : int64_t { kDense, kDecode, kSm90, kTile };
+enum Kernel : int64_t { kDense, kDecode, kSm90, kTile, kPlanes };
 struct PlanEntry {
   static constexpr size_t kNumbers = 10;
   static constexpr int64_t kGates = 16;  // added to the kernel: its launch can apply an activation
@@ -217,9 +217,11 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
   const FluteAhead ahead = ahead_of(next, next_bytes);
   int error = 0;
   switch (entry.kernel) {
-    case kDecode: {
+    case kDecode:
+    case kPlanes: {
       const FluteDecodeConfig config = {c[0], c[1], c[2], c[3], c[4], c[5]};
-      error = flute_decode(&matrix, &config, int32_t(m), from, records, values, to, &ahead, stream);
+      const auto decode = entry.kernel == kDecode ? flute_decode : flute_planes;
+      error = decode(&matrix, &config, int32_t(m), from, records, values, to, &ahead, stream);
       break;
     }
     case kSm90: {

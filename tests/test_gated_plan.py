@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flute_vllm import tuning
-from flute_vllm.tuning import DECODE, DENSE, H200, SM90, TILE
+from flute_vllm.tuning import DECODE, DENSE, H200, PLANES, SM90, TILE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -62,7 +62,17 @@ def test_numbers_tell_the_op():
     for entry, found in zip(plan, numbers, strict=True):
         assert len(found) == tuning.ENTRY_NUMBERS
         assert (found[1] % tuning.GATES, found[1] >= tuning.GATES) == (entry.kernel, entry.gates)
-    assert max(DENSE, DECODE, SM90, TILE) < tuning.GATES
+    assert max(DENSE, DECODE, SM90, TILE, PLANES) < tuning.GATES
+
+
+def test_bit_planes_gate_where_they_split_no_k():
+    parts = (14336, 14336)
+    plan = tuning.entries(28672, 4096, 2, 128, parts, H200, overlap=1, environment={})
+    assert plan[0].kernel == PLANES
+    assert plan[0].gates == (tuning.Config(*plan[0].config).splits == 1)
+    problem = (28672, 4096, 1, 2, 128, parts, False)
+    assert tuning.can_gate(tuning.Entry(1, PLANES, (14, 16, 4, 2, 32, 1)), problem, H200)
+    assert not tuning.can_gate(tuning.Entry(1, PLANES, (14, 16, 8, 2, 32, 1)), problem, H200)
 
 
 def test_what_a_gated_launch_needs():

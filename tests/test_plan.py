@@ -42,6 +42,10 @@ def test_every_number_of_rows_has_a_legal_launch(device, layer):
         if entry.kernel == tuning.DECODE:
             problem = tuning.Problem(n, k, m, bits, group_size)
             assert tuning.launch(problem, tuning.Config(*entry.config), device)
+        elif entry.kernel == tuning.PLANES:
+            assert (m, bits, device.capability) == (1, 2, 90)
+            problem = tuning.planes.Problem(n, k, m, bits, group_size)
+            assert tuning.planes.launch(problem, tuning.Config(*entry.config), device)
         elif entry.kernel == tuning.SM90:
             assert device.capability == 90
             problem = sm90.Problem(n, k, m, bits, group_size)
@@ -67,7 +71,39 @@ def test_plan_is_the_entries_as_numbers():
     assert tuning.entry_of(found, 10**6).largest_m == 0
 
 
+@pytest.mark.parametrize(
+    ("bits", "group_size", "pair", "device", "taken"),
+    [
+        (2, 128, False, tuning.H200, True), (2, -1, False, tuning.H200, True),
+        (3, 128, False, tuning.H200, False), (2, 64, False, tuning.H200, False),
+        (2, 128, True, tuning.H200, False), (2, 128, False, AMPERE, False),
+    ],
+)  # fmt: skip
+def test_bit_planes_serve_one_row_at_two_bits(bits, group_size, pair, device, taken):
+    layer = (4096, 4096, bits, group_size, (4096,), device)
+    found = tuning.entries(*layer, pair=pair, overlap=1, environment={})
+    assert (found[0].kernel == tuning.PLANES) == taken
+    assert tuning.entry_of(found, 2).kernel == tuning.DECODE
+    if taken:
+        assert found[0].largest_m == 1
+        assert found[0].config[-1] == 1
+    wish = {tuning.ENVIRONMENT: "2,1,1"}
+    assert tuning.entries(*layer, pair=pair, environment=wish)[0].kernel == tuning.DECODE
+
+
+def test_bit_planes_are_left_where_x_is_too_long():
+    """Eight blocks have room for planes of some 230,000 columns."""
+    problem = tuning.planes.Problem(16, 320000, 1, 2, -1)
+    assert tuning.planes.select(problem, tuning.H200) is None
+    found = tuning.entries(16, 320000, 2, -1, (16,), tuning.H200, environment={})
+    assert found[0].kernel == tuning.DECODE
+
+
 def test_measured_entries_are_legal():
+    for key, numbers in tuning.measured("h200", "planes").items():
+        n, k = map(int, key.split(","))
+        problem = tuning.planes.Problem(n, k, 1, 2, 128)
+        assert tuning.planes.launch(problem, tuning.Config(*numbers), tuning.H200), key
     for key, numbers in tuning.measured("h200", "sm90").items():
         n, k, m, bits = map(int, key.split(","))
         if numbers[0] == tuning.SM90:

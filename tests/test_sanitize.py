@@ -99,7 +99,10 @@ def test_cases_cut_launches_in_every_way():
     assert column("prefill", 4) == {0, 1, 2}
     assert column("tile", 1) >= {1, 2, 3, 9}
     assert {c.ahead for c in CASES if c.kind in ("decode", "sm90")} == {0, 4096, 1 << 20}
-    assert not any(c.ahead for c in CASES if c.kind not in ("decode", "sm90"))
+    asking = ("decode", "planes", "sm90")
+    assert not any(c.ahead for c in CASES if c.kind not in asking)
+    assert column("planes", 2) == {1, 2, 4, 8}
+    assert column("planes", 3) == {1, 2}
     whole, shared = (
         set(),
         set(),
@@ -115,12 +118,15 @@ def test_cases_cut_launches_in_every_way():
 
 def test_every_case_is_a_legal_launch():
     assert len(set(CASES)) == len(CASES)
-    assert len(CASES) * len(sanitize.TOOLS) < 900  # of 5 s, 12 at a time: 370 s
+    assert len(CASES) * len(sanitize.TOOLS) < 930  # of 5 s, 12 at a time: 385 s
     for c in CASES:
         sizes, found = (c.n, c.k, c.m, c.bits, c.group_size, c.parts), None
         assert sanitize_case.Case.parse(c.text()) == c
         if c.kind == "decode":
             found = tuning.launch(tuning.Problem(*sizes), tuning.Config(*c.config), tuning.H200)
+        elif c.kind == "planes":
+            problem = tuning.planes.Problem(*sizes)
+            found = tuning.planes.launch(problem, tuning.Config(*c.config), tuning.H200)
         elif c.kind == "tile":
             problem = tuning.tile.Problem(*sizes)
             found = tuning.tile.launch(problem, tuning.tile.Config(*c.config), tuning.H200)
@@ -133,16 +139,21 @@ def test_every_case_is_a_legal_launch():
 
 
 def test_the_first_cases_reach_every_compiled_block():
-    first = CASES[:32]
+    first = CASES[:49]
     assert {c.kind for c in first} == set(sanitize_cases.KERNELS)
     for kernel, blocks in BLOCKS.items():
         assert {block(c) for c in first if c.kind == kernel} == blocks
     # What a budget cuts off is a bit of everything but kernels with few cases, which come first.
-    few = {"activate", "norm"}
+    few = {"activate", "norm", "planes"}
+    planes = [c for c in CASES if c.kind == "planes"]
+    assert {c.dtype for c in planes} == {"float16", "bfloat16"}
+    assert {(c.bits, c.m, c.pair) for c in planes} == {(2, 1, False)}
+    assert {c.group_size for c in planes} == {128, 256, -1}
+    assert {c.launches for c in planes} >= {1, 2, 3}
     assert {c.kind for c in CASES[-20:]} == set(sanitize_cases.KERNELS) - few
-    assert not few & {c.kind for c in CASES[32:]}
+    assert not few & {c.kind for c in CASES[49:]}
     gated = {(c.kind, c.activation) for c in first if c.activation}
-    assert {kind for kind, _ in gated} == {"decode", "sm90", "activate"}
+    assert {kind for kind, _ in gated} == {"decode", "planes", "sm90", "activate"}
     assert {activation for _, activation in gated} == {1, 2, 3}
 
 
@@ -152,6 +163,7 @@ def test_the_first_cases_reach_every_compiled_block():
         ("decode", (1, 4, 4, 2, 16, 0), {}, 4 * (16 * 17 + 1)),
         ("decode", (7, 1, 1, 3, 8, 0), {}, 8 * 17 + 1),
         ("decode", (7, 1, 2, 3, 8, 1), {"launches": 3, "activation": 1}, 12 * (8 * 17 + 1)),
+        ("planes", (3, 4, 2, 2, 32, 1), {"launches": 3}, 6 * (32 * 17 + 1)),
         ("sm90", (16, 8, 4, 4, 1, 1, 8, 0), {}, 8 * (4 * 16 + 2 * 8) + 2),
         ("sm90", (64, 4, 4, 4, 2, 1, 8, 0), {}, 2 * (4 * (4 * 16 + 2 * 8) + 2)),
         ("prefill", (192, 2, 8, 2, 0, 2, 7, 0), {}, 3 * 2 * 8 + 9),

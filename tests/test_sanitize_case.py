@@ -105,6 +105,10 @@ int flute_decode(const int32_t* m, const int32_t* c, int32_t rows, const void* x
                  const void* t, void* y, const Ahead* a, void* stream) {
   return with_ahead(a, launch("decode", 6, m, c, rows, x, r, t, y, stream));
 }
+int flute_planes(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
+                 const void* t, void* y, const Ahead* a, void* stream) {
+  return with_ahead(a, launch("planes", 6, m, c, rows, x, r, t, y, stream));
+}
 int64_t flute_sm90_workspace(const int32_t* c) { return c[4] ? 0 : 4096; }
 int flute_sm90_gemm(const int32_t* m, const int32_t* c, int32_t rows, const void* x, const void* r,
                     const void* t, void* y, void* workspace, const Ahead* a, void* stream) {

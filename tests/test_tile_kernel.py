@@ -174,12 +174,17 @@ def test_emulated_kernel_agrees_with_plain_loops(tmp_path):
 
 @needs_compiler
 def test_records_decode_to_the_values_of_their_codes(tmp_path):
-    run_emulated(tmp_path, ["layout", "lut"], "codes")
+    run_emulated(tmp_path, ["layout", "lut", "register_lut"], "codes")
 
 
 @needs_compiler
 def test_table_in_registers_decodes_every_code(tmp_path):
-    run_emulated(tmp_path, ["layout", "register_lut"], "register_lut")
+    run_emulated(tmp_path, ["layout", "lut", "register_lut"], "register_lut")
+
+
+@needs_compiler
+def test_products_of_bit_planes_are_those_of_the_values(tmp_path):
+    run_emulated(tmp_path, ["layout", "lut", "planes_operands"], "planes")
 
 
 @needs_compiler

@@ -12,9 +12,10 @@ from flute_vllm.cli import app
 from flute_vllm.format import LayerSpec
 from flute_vllm.tools import tune
 from flute_vllm.tools.layers import LinearLayer
-from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
+from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, sm90
 
 LAYER = LinearLayer("o_proj", (4096,), 4096, LayerSpec(4, 128))
+TWO_BITS = LinearLayer("o_proj", (4096,), 4096, LayerSpec(2, 128))
 
 
 @pytest.mark.parametrize("m", [16, 64, 256, 4096])
@@ -43,12 +44,28 @@ def test_few_rows_have_launches_of_the_decode_kernel_only():
 
 
 def test_an_entry_has_a_place_that_plans_read(tmp_path):
-    assert tune.place_of(LAYER, 1) == tune.place_of(LAYER, 8) == ("decode", "4096,4096,8,4")
-    assert tune.place_of(LAYER, 16) == ("sm90", "4096,4096,16,4")
+    few = [tune.place_of(LAYER, m, tuning.H200) for m in (1, 8)]
+    assert few == [("decode", "4096,4096,8,4")] * 2
+    assert tune.place_of(LAYER, 16, tuning.H200) == ("sm90", "4096,4096,16,4")
     table = json.loads((tuning.CONFIG_FOLDER / "h200.json").read_text())
     for m in (1, 8, 16, 64, 1024):
-        section, key = tune.place_of(LAYER, m)
+        section, key = tune.place_of(LAYER, m, tuning.H200)
         assert key in table[section]
+
+
+def test_one_row_at_two_bits_has_a_place_and_launches_of_its_own():
+    assert tune.place_of(TWO_BITS, 1, tuning.H200) == ("planes", "4096,4096")
+    assert tune.place_of(TWO_BITS, 8, tuning.H200) == ("decode", "4096,4096,8,2")
+    found = tune.candidates(TWO_BITS, 1, tuning.H200, 50)
+    assert len(found) == len(set(found)) > 10
+    problem = tuning.planes.Problem(4096, 4096, 1, 2, 128)
+    for entry in found:
+        config = tuning.Config(*entry.config)
+        assert (entry.kernel, config.overlap) == (PLANES, 1)
+        assert tuning.planes.launch(problem, config, tuning.H200)
+    assert {e.kernel for e in tune.candidates(TWO_BITS, 8, tuning.H200, 50)} == {DECODE}
+    current = tune.current_launch(TWO_BITS, 1, tuning.H200)
+    assert current.kernel == PLANES
 
 
 def test_a_dense_weight_that_takes_too_much_memory_is_no_candidate():

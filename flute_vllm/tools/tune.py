@@ -2,10 +2,10 @@
 
 The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel
 runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Up to 8 rows
-run the decode kernel, whose section ``decode`` has one launch for all of them. Calls are timed as
-the plugin makes them. Entries found in the file are kept, so an interrupted run goes on where it
-was. The order of work and the candidates are fixed; times, and with them close decisions, vary by
-a few per cent.
+run the decode kernel, whose section ``decode`` has one launch for all of them, and one row at 2
+bits the kernel of section ``planes``. Calls are timed as the plugin makes them. Entries found in
+the file are kept, so an interrupted run goes on where it was. The order of work and the candidates
+are fixed; times, and with them close decisions, vary by a few per cent.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from flute_vllm.format import LayerSpec
 from flute_vllm.tools.bench import random_tensors
 from flute_vllm.tools.layers import LinearLayer
 from flute_vllm.tools.timing import CallGraph, copies_for
-from flute_vllm.tuning import DECODE, DENSE, SM90, Entry, sm90
+from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, planes, sm90
 from flute_vllm.tuning.plan import DENSE_BYTES
 
 FEW_ROWS = tuning.BUCKETS[0]  # up to here only the decode kernel runs
-TUNED_ROWS = (FEW_ROWS, *tuning.SM90_BUCKETS)
+TUNED_ROWS = (1, FEW_ROWS, *tuning.SM90_BUCKETS)  # 1: where a kernel of its own takes it
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 # So much faster must another launch be to replace the one that runs now. Of 74 entries that one run
@@ -58,6 +58,8 @@ class Tuned:
 def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> list[Entry]:
     """Launches worth timing, the most promising first; ``limit`` of the Hopper kernels."""
     spec = layer.spec
+    if m == 1 and takes_one_row(layer, gpu):
+        return planes_candidates(one_row(layer), gpu, limit)
     if m <= FEW_ROWS:
         few = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
         return decode_candidates(few, gpu, limit)
@@ -86,6 +88,26 @@ def current_launch(layer: LinearLayer, m: int, gpu: tuning.Device) -> Entry:
     )  # fmt: skip
     entry = tuning.entry_of(plan, m)
     return Entry(m, entry.kernel, entry.config)
+
+
+def one_row(layer: LinearLayer) -> planes.Problem:
+    """What the kernel of bit planes is asked to do."""
+    return planes.Problem(layer.n, layer.k, 1, layer.spec.bits, layer.spec.group_size, layer.parts)
+
+
+def takes_one_row(layer: LinearLayer, gpu: tuning.Device) -> bool:
+    return planes.takes(one_row(layer), gpu)
+
+
+def planes_candidates(problem: planes.Problem, gpu: tuning.Device, limit: int) -> list[Entry]:
+    full = set()
+    for config in planes.candidates(problem, gpu):
+        for slots in (1, 2, 3):
+            done = planes.complete(problem, replace(config, slots=slots, overlap=1), gpu)
+            if done is not None:
+                full.add(done)
+    ranked = sorted(full, key=lambda c: (planes.clocks(problem, c, gpu), c.numbers))[:limit]
+    return [Entry(1, PLANES, config.numbers) for config in ranked]
 
 
 def decode_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int) -> list[Entry]:
@@ -177,7 +199,8 @@ def tune_layer(
 
     for m in rows:
         # One launch serves all of the few rows: the mean of one row and of as many as there may be.
-        counts = {1, m} if m <= FEW_ROWS else {m}
+        fewest = 2 if takes_one_row(layer, gpu) else 1
+        counts = {min(fewest, m), m} if m <= FEW_ROWS else {m}
         inputs = [torch.randn(count, layer.k, device=device).to(spec.torch_scale_dtype)
                   for count in counts]  # fmt: skip
         current = current_launch(layer, m, gpu)
@@ -186,15 +209,23 @@ def tune_layer(
         # The first pass brings the GPU to the clock that it keeps.
         finalists, passes = (BUSY_FINALISTS, BUSY_PASSES) if timer.busy else (FINALISTS, PASSES)
         entry, us = best_of(entries, timer, finalists=finalists, passes=passes, current=current)
-        section, key = place_of(layer, m)
+        section, key = place_of(layer, m, gpu)
         numbers = entry.config[:-1]
         if section == "sm90":
             numbers = (entry.kernel, *(numbers if entry.kernel == SM90 else ()))
         yield Tuned(section, key, numbers, us, len(entries))
 
 
-def place_of(layer: LinearLayer, m: int) -> tuple[str, str]:
+def buckets(layer: LinearLayer, rows: Iterable[int], gpu: tuning.Device) -> list[int]:
+    """The entries that serve ``rows``, by their largest numbers of rows."""
+    alone = takes_one_row(layer, gpu)
+    return sorted({m if m == 1 and alone else max(m, FEW_ROWS) for m in rows})
+
+
+def place_of(layer: LinearLayer, m: int, gpu: tuning.Device) -> tuple[str, str]:
     """Section and key of an entry in the file."""
+    if m == 1 and takes_one_row(layer, gpu):
+        return "planes", f"{layer.n},{layer.k}"
     section = "decode" if m <= FEW_ROWS else "sm90"
     return section, f"{layer.n},{layer.k},{max(m, FEW_ROWS)},{layer.spec.bits}"
 
@@ -226,8 +257,10 @@ def tune(
     work = [
         (layer, m)
         for layer in layers
-        for m in sorted({max(m, FEW_ROWS) for m in rows})
-        if place_of(layer, m)[1] not in found.setdefault(place_of(layer, m)[0], {})
+        for m in sorted(
+            {m if m == 1 and takes_one_row(layer, gpu) else max(m, FEW_ROWS) for m in rows}
+        )
+        if (place := place_of(layer, m, gpu))[1] not in found.setdefault(place[0], {})
     ]
     added = 0
     for layer in layers:

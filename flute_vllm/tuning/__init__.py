@@ -1,7 +1,7 @@
 """Which kernel runs and how its launch is cut: problem -> config -> launch, pure functions.
 
-``plan`` is what a layer needs. ``decode``, ``sm90`` and ``tile`` are the kernels' own choices, with
-what makes a launch legal mirrored from C++, so that they can be tested without a GPU.
+``plan`` is what a layer needs. ``decode``, ``planes``, ``sm90`` and ``tile`` are the kernels' own
+choices, with what makes a launch legal mirrored from C++, so that they can be tested without a GPU.
 """
 
 from flute_vllm.tuning.decode import (
@@ -40,6 +40,7 @@ from flute_vllm.tuning.plan import (
     ENTRY_NUMBERS,
     GATES,
     KERNEL_NAMES,
+    PLANES,
     SM90,
     SM90_BUCKETS,
     TILE,
@@ -65,6 +66,7 @@ __all__ = [
     "ENTRY_NUMBERS",
     "DENSE",
     "DECODE",
+    "PLANES",
     "BLOCK_WARPS",
     "BUCKETS",
     "CONFIG_FOLDER",

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flute_vllm.errors import FluteError
-from flute_vllm.tuning import decode, sm90, tile
+from flute_vllm.tuning import decode, planes, sm90, tile
 from flute_vllm.tuning.device import Device, measured
 
-DENSE, DECODE, SM90, TILE = range(4)  # as in kernels/bindings_cuda.cpp
-KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile")
+DENSE, DECODE, SM90, TILE, PLANES = range(5)  # as in kernels/bindings_cuda.cpp
+KERNEL_NAMES = ("dequantize + torch.matmul", "decode", "sm90", "tile", "bit planes")
 ENTRY_NUMBERS = 10  # largest M (0: any), kernel, up to eight numbers of its config
 GATES = 16  # added to the kernel where its launch can apply a gated activation
 DENSE_BYTES = 256 << 20  # of a dequantized weight, at most
@@ -74,12 +74,17 @@ def entries(
     def gated(entry: Entry) -> Entry:
         # Of a launch that splits k, clusters of four and more find no room on some of the
         # multiprocessors: twice the time (NOTES.md).
-        splits = entry.config[2 if entry.kernel == DECODE else 4] if entry.config else 0
+        splits = entry.config[4 if entry.kernel == SM90 else 2] if entry.config else 0
         problem = (n, k, entry.largest_m or SM90_BUCKETS[-1], bits, group_size, parts, pair)
         return replace(entry, gates=splits == 1 and can_gate(entry, problem, device))
 
-    found = [decoding(decode.BUCKETS[0])]
+    found = []
     forced = decode.ENVIRONMENT in environment
+    single_row = planes.Problem(n, k, 1, bits, group_size, parts, pair)
+    config = None if forced else planes.select(single_row, device, overlap=overlap)
+    if config is not None:
+        found.append(Entry(1, PLANES, config.numbers, "2 bits, one row"))
+    found.append(decoding(decode.BUCKETS[0]))
     table = measured(device.name, "sm90")
     simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)
     for m in SM90_BUCKETS:
@@ -118,6 +123,9 @@ def can_gate(
     if entry.kernel == DECODE:
         config = decode.Config(*entry.config)
         return decode.launch(decode.Problem(*problem), config, device, gated=True) is not None
+    if entry.kernel == PLANES:
+        config = decode.Config(*entry.config)
+        return planes.launch(planes.Problem(*problem), config, device, gated=True) is not None
     if entry.kernel == SM90:
         config = sm90.Config(*entry.config)
         return sm90.launch(sm90.Problem(*problem), config, device, gated=True) is not None

@@ -4,15 +4,23 @@
 #include "decode_launch.cuh"
 #include "sm90_launch.cuh"
 
+namespace {
+
+bool decodes(const FluteMatrix* matrix, int32_t m, const void* x, const void* records,
+             const void* table) {
+  return flute_record_words(matrix) >= 0 && m >= 1 && m <= FLUTE_MAX_M &&
+         flute::operands_aligned(*matrix, x, table) &&
+         reinterpret_cast<uintptr_t>(records) % flute::kLine == 0;
+}
+
+}  // namespace
+
 extern "C" {
 
 int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                  const void* x, const void* records, const void* table, void* y,
                  const FluteAhead* ahead, void* stream) {
-  if (flute_record_words(matrix) < 0 || m < 1 || m > FLUTE_MAX_M ||
-      !flute::operands_aligned(*matrix, x, table) ||
-      reinterpret_cast<uintptr_t>(records) % flute::kLine != 0)
-    return flute::kBadShape;
+  if (!decodes(matrix, m, x, records, table)) return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {
     case 4:
@@ -23,6 +31,15 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
       return flute::decode_w2(*matrix, *config, m, x, records, table, y, ahead, s);
   }
   return flute::kBadShape;
+}
+
+int flute_planes(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
+                 const void* x, const void* records, const void* table, void* y,
+                 const FluteAhead* ahead, void* stream) {
+  if (!decodes(matrix, m, x, records, table)) return flute::kBadShape;
+  if (matrix->bits != 2) return flute::kBadConfig;
+  return flute::planes_w2(*matrix, *config, m, x, records, table, y, ahead,
+                          static_cast<cudaStream_t>(stream));
 }
 
 int64_t flute_sm90_workspace(const FluteSm90Config* config) {

@@ -11,39 +11,10 @@
 // is rounded after the table.
 #pragma once
 
-#include "activation.cuh"
-#include "ahead.cuh"
-#include "cluster_sums.cuh"
 #include "decode_operands.cuh"
+#include "decode_sums.cuh"
 
 namespace flute {
-
-// What a launch needs; filled by decode_launch.cuh from FluteMatrix and FluteDecodeConfig.
-struct DecodeParams {
-  const uint8_t* records;
-  const uint8_t* table;
-  const void* x;
-  void* y;
-  int m, n, k, k_tiles;  // n: columns of y
-  int activation;        // of a gated launch, else 0
-  int table_bytes;       // of one part
-  bool pair_table;
-  int row_tiles, row_warps, k_warps, splits, slots;
-  int k_warps_log2, splits_log2;  // both are powers of two: an integer division costs
-  int rows_each;                  // a tenth of a microsecond at the start of a block
-  uint32_t row_tiles_inverse, rows_each_inverse;  // see divide
-  int early_slots;                             // requested before the previous kernel has finished
-  int x_bytes;                                 // of the x tiles of a step
-  int region_bytes;                            // of one warp: its ring, later its partial sums
-  int x_offset;                                // of all x tiles, from the start of shared memory
-  int first_region, low_regions, high_region;  // regions below the table, then those behind it
-  int full_regions;                            // of a small block; the others have a slot less
-  int ranks_log2;                              // blocks of a cluster
-  int room_offset;                             // where sums of the cluster's other blocks come
-  int first_block[FLUTE_MAX_PARTS + 1];        // of each part
-  Parts parts;
-  Ahead ahead;
-};
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
@@ -52,7 +23,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
   extern __shared__ uint8_t shared[];
   const int thread = threadIdx.x, lane = thread % 32;
   const int warp = same_for_all(thread / 32);
-  const int split = blockIdx.x & (p.splits - 1);
   const int half = half_of_block(p, blockIdx.x >> p.splits_log2);
   const BlockRows block(p, row_block(p, blockIdx.x >> p.splits_log2));
 
@@ -70,7 +40,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
                               : base + p.high_region - p.low_regions * p.region_bytes) +
            w * p.region_bytes;
   };
-  const int row_warp = warp >> p.k_warps_log2, k_warp = warp & (p.k_warps - 1);
+  const WarpShare<Shape> share(p, block, warp);
+  const int row_warp = share.row_warp, k_warp = share.k_warp;
+  const int first = share.first, rows = share.rows;
+  const int begin = share.begin, end = share.end, steps = share.steps;
   const uint32_t barriers = base + warp * kBarrierBytes;
   const uint32_t x_barrier = base + k_warp * kBarrierBytes + kMaxSlots * 8;
   const uint32_t zeros = base + Shape::kWarps * kBarrierBytes;
@@ -78,15 +51,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
       Shape::kSmall ? table + 128 + k_warp * XPlace<Shape>::kRowsOfStep * XPlace<Shape>::kRow
                     : base + p.x_offset + k_warp * p.x_bytes;
   const uint32_t region = region_of(warp);
-
-  // This warp's share: `rows` row tiles from `first`, k tiles `begin` .. `end` - 1.
-  const int first = row_warp * p.rows_each;
-  const int rows = max(0, min(p.rows_each, block.tiles - first));
-  const int block_begin = p.k_tiles * split >> p.splits_log2;
-  const int block_length = (p.k_tiles * (split + 1) >> p.splits_log2) - block_begin;
-  const int begin = block_begin + (block_length * k_warp >> p.k_warps_log2);
-  const int end = block_begin + (block_length * (k_warp + 1) >> p.k_warps_log2);
-  const int steps = (end - begin + Shape::kDepth - 1) / Shape::kDepth;
 
   // The weights do not depend on the previous kernel: with overlap, some are requested while it
   // still runs. The others follow x, which is needed first and would wait behind them.
@@ -233,10 +197,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
 
   // As often past this barrier as the warps with the most steps: racecheck tells the stores below
   // from earlier ones by the barriers since.
-  const int most_steps =
-      (((block_length + p.k_warps - 1) >> p.k_warps_log2) + Shape::kDepth - 1) / Shape::kDepth;
   if (p.row_warps > 1)
-    for (int step = max(steps, 1); step < most_steps; step++) warps_sync(1 + k_warp, p.row_warps);
+    for (int step = max(steps, 1); step < share.most_steps; step++)
+      warps_sync(1 + k_warp, p.row_warps);
 
   p.ahead.ask(blockIdx.x, gridDim.x, warp, Shape::kWarps, lane);
 
@@ -254,61 +217,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kSmall ? 2 : 1)
     if (r < rows) store_partial<Shape>(partials_of(warp) + r * Shape::kPartialTile, sums[r], lane);
   __syncthreads();
 
-  // Sum i of this block: row i % stride of w and i / stride of x. Half a warp sums a column of 16
-  // rows over the warps; then those of the cluster's blocks are added, gate's before up's.
-  const int stride = p.row_tiles * kTileRows;
-  auto sum_of = [&](int i, int m) {
-    const int tile = i / kTileRows - m * p.row_tiles, group = divide(tile, p.rows_each_inverse);
-    const uint32_t at = (tile - group * p.rows_each) * Shape::kPartialTile +
-                        (m * kPartialColumn + i % kTileRows) * 4;
-    float sum = 0;
-#pragma unroll 1
-    for (int j = 0; j < p.k_warps; j += 4) {
-      float part[4];  // loaded together, added in order
-#pragma unroll
-      for (int l = 0; l < 4; l++)
-        part[l] = j + l < p.k_warps
-                      ? load_shared_float(partials_of((group << p.k_warps_log2) + j + l) + at)
-                      : 0;
-      sum = sum + part[0] + part[1] + part[2] + part[3];
-    }
-    return sum;
-  };
-  auto column_of = [&](int i) { return divide(i / kTileRows, p.row_tiles_inverse); };
-  typename Shape::T* y = static_cast<typename Shape::T*>(p.y) + block.first_row - half * p.n;
-#if FLUTE_HAS_BULK
-  const int ranks = 1 << p.ranks_log2, rank = blockIdx.x & (ranks - 1);
-  const ClusterSums<float, Shape::kThreads> cluster{base + p.room_offset,
-                                                    base + p.room_offset + kClusterBarrierBytes,
-                                                    p.m * stride, p.ranks_log2, rank};
-  if (ranks > 1) {
-    cluster_wait();
-    cluster.send([&](int i) { return sum_of(i, column_of(i)); });
-  }
-  cluster.finish([&](int i, auto part) {
-    const int m = column_of(i), row = i - m * stride;
-    if (row >= block.rows) return;
-    const float own = sum_of(i, m);
-    float sum = own, gate = 0;
-    cluster.wait();
-#pragma unroll 1
-    for (int from = 0; from < ranks && ranks > 1; from++) {
-      const float other = from == rank ? own : part(from);
-      const bool up = from == p.splits;
-      if (up) gate = sum;
-      sum = from == 0 || up ? other : sum + other;
-    }
-    if (p.activation) sum = activate(p.activation, gate, sum);
-    y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum);
-  });
-#else
-#pragma unroll 1
-  for (int i = thread; i < p.m * stride; i += Shape::kThreads) {
-    const int m = column_of(i), row = i - m * stride;
-    if (row < block.rows)
-      y[static_cast<int64_t>(m) * p.n + row] = narrow<typename Shape::T>(sum_of(i, m));
-  }
-#endif
+  finish_rows<Shape>(p, block, half, base, partials_of);
 }
 
 }  // namespace flute

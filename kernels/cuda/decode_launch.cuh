@@ -1,11 +1,18 @@
-// From a problem and a configuration to a launch of decode_kernel. Included by the decode_w*.cu.
+// From a problem and a configuration to a launch of a decode kernel. Included by the decode_w*.cu
+// and planes_w*.cu.
 #pragma once
 
 #include "decode.cuh"
 #include "errors.h"
 #include "launch_common.cuh"
+#include "planes.cuh"
 
 namespace flute {
+
+template <typename Shape>
+constexpr bool kIsPlanes = false;
+template <int Bits, typename T>
+constexpr bool kIsPlanes<PlaneShape<Bits, T>> = true;
 
 // Shared memory of a launch; total is -1 where the configuration does not fit.
 struct SharedPlan {
@@ -36,40 +43,70 @@ SharedPlan plan_small(const FluteDecodeConfig& config, int room, int limit) {
   return plan;
 }
 
+// Barriers | x of the block's k tiles | partial sums | rings.
+template <typename Shape>
+SharedPlan plan_planes(const FluteDecodeConfig& config, int m, int k_tiles, int room) {
+  SharedPlan plan{};
+  const int rows_each = ceil_div(config.row_tiles, config.row_warps);
+  plan.x_offset = whole_lines(Shape::kWarps * kBarrierBytes);
+  plan.high_region = plan.x_offset + ceil_div(k_tiles, config.splits) * PlaneX::kBytes;
+  plan.first_region =
+      whole_lines(plan.high_region + Shape::kWarps * rows_each * Shape::partial_tile(m));
+  plan.region_bytes = config.slots * Shape::kStride;
+  plan.room_offset = plan.first_region + Shape::kWarps * plan.region_bytes;
+  plan.total = plan.room_offset + room;
+  return plan;
+}
+
 // Barriers, zeros, x and some regions | the table | the other regions. x goes behind the table
 // where there is no room before it. At last room for the sums of a cluster of 2^`ranks_log2`.
 template <typename Shape>
-SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int ranks_log2, bool wide,
-                       int limit) {
+SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int k_tiles, int ranks_log2,
+                       bool wide, int limit) {
   const int room = ranks_log2 == 0 ? 0
                                    : kClusterBarrierBytes +
                                          cluster_room(m * config.row_tiles * kTileRows,
                                                       Shape::kThreads, sizeof(float), ranks_log2);
-  if constexpr (Shape::kSmall) return plan_small<Shape>(config, room, limit);
-  const int rows_each = ceil_div(config.row_tiles, config.row_warps);
-  const int ring = config.slots * Shape::kStride, partial = rows_each * Shape::kPartialTile;
-  SharedPlan plan{};
-  plan.x_bytes = Shape::kDepth * m * kXRow;
-  plan.region_bytes = ring > partial ? ring : partial;
-  const int before = table_alignment(wide) - kSharedReserved;  // the table's offset
-  const int x_total = Shape::kWarps / config.row_warps * plan.x_bytes;
-  plan.x_offset = Shape::kWarps * kBarrierBytes + kXRow;
-  plan.high_region = before + table_bytes(wide);
-  if (plan.x_offset + x_total <= before) {
-    plan.first_region = plan.x_offset + x_total;
+  if constexpr (kIsPlanes<Shape>) {
+    SharedPlan plan = plan_planes<Shape>(config, m, k_tiles, room);
+    if (plan.total > limit) plan.total = -1;
+    return plan;
+  } else if constexpr (Shape::kSmall) {
+    return plan_small<Shape>(config, room, limit);
   } else {
-    plan.first_region = plan.x_offset;
-    plan.x_offset = plan.high_region;
-    plan.high_region += x_total;
+    const int rows_each = ceil_div(config.row_tiles, config.row_warps);
+    const int ring = config.slots * Shape::kStride, partial = rows_each * Shape::kPartialTile;
+    SharedPlan plan{};
+    plan.x_bytes = Shape::kDepth * m * kXRow;
+    plan.region_bytes = ring > partial ? ring : partial;
+    const int before = table_alignment(wide) - kSharedReserved;  // the table's offset
+    const int x_total = Shape::kWarps / config.row_warps * plan.x_bytes;
+    plan.x_offset = Shape::kWarps * kBarrierBytes + kXRow;
+    plan.high_region = before + table_bytes(wide);
+    if (plan.x_offset + x_total <= before) {
+      plan.first_region = plan.x_offset + x_total;
+    } else {
+      plan.first_region = plan.x_offset;
+      plan.x_offset = plan.high_region;
+      plan.high_region += x_total;
+    }
+    plan.first_region = whole_lines(plan.first_region);
+    plan.high_region = whole_lines(plan.high_region);
+    plan.low_regions = (before - plan.first_region) / plan.region_bytes;
+    if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
+    plan.room_offset = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
+    plan.total = plan.room_offset + room;
+    if (plan.total > limit) plan.total = -1;
+    return plan;
   }
-  plan.first_region = whole_lines(plan.first_region);
-  plan.high_region = whole_lines(plan.high_region);
-  plan.low_regions = (before - plan.first_region) / plan.region_bytes;
-  if (plan.low_regions > Shape::kWarps) plan.low_regions = Shape::kWarps;
-  plan.room_offset = plan.high_region + (Shape::kWarps - plan.low_regions) * plan.region_bytes;
-  plan.total = plan.room_offset + room;
-  if (plan.total > limit) plan.total = -1;
-  return plan;
+}
+
+template <typename Shape>
+auto kernel_of() {
+  if constexpr (kIsPlanes<Shape>)
+    return planes_kernel<Shape>;
+  else
+    return decode_kernel<Shape>;
 }
 
 template <typename Shape>
@@ -79,7 +116,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   DeviceLimits device;
   if (const int error = device.load()) return error;
   int limit = device.shared_limit;
-  if (Shape::kSmall)
+  if (Shape::kBlocks == 2)
     if (const int error = device.half_limit(&limit)) return error;
   if (config.splits < 1 || config.overlap < 0) return kBadConfig;
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
@@ -88,15 +125,17 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
     return kBadConfig;
 
   static std::atomic<int> versions[kMaxDevices];
-  if (const int error = device.prepare(decode_kernel<Shape>, versions)) return error;
+  if (const int error = device.prepare(kernel_of<Shape>(), versions)) return error;
   const int version = device.ptx_version;
   const bool wide = has_wide_table(version), hopper = version >= 90;
   const bool gated = is_gated(matrix);
   const int ranks_log2 = log2_of(config.splits) + gated;
   if ((ranks_log2 > 0 && !hopper) || (gated && !can_gate(matrix, config.splits))) return kBadConfig;
   if (Shape::kSmall && !(hopper && wide)) return kBadConfig;
+  if (kIsPlanes<Shape> && (!hopper || matrix.pair_table)) return kBadConfig;
 
   SharedPlan plan;
+  const int k_tiles = ceil_div(matrix.k, kTileK);
   const int least_slots = Shape::kHalves == 1 ? 1 : rows_each + 1;
   // About 70 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
   // third (NOTES.md).
@@ -106,10 +145,10 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {
       config.slots--;
-      plan = plan_shared<Shape>(config, m, ranks_log2, wide, limit);
+      plan = plan_shared<Shape>(config, m, k_tiles, ranks_log2, wide, limit);
     } while (plan.total < 0 && config.slots > least_slots);
   } else {
-    plan = plan_shared<Shape>(config, m, ranks_log2, wide, limit);
+    plan = plan_shared<Shape>(config, m, k_tiles, ranks_log2, wide, limit);
   }
   if (plan.total < 0 || config.slots > kMaxSlots || config.slots < least_slots) return kBadConfig;
 
@@ -121,7 +160,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
                       m,
                       gated ? matrix.n / 2 : matrix.n,
                       matrix.k,
-                      ceil_div(matrix.k, kTileK),
+                      k_tiles,
                       matrix.activation,
                       table_entry * 2,
                       matrix.pair_table != 0,
@@ -152,10 +191,9 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
         params.first_block[i] +
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
   const int blocks = params.first_block[matrix.parts];
-  params.ahead =
-      make_ahead(ahead, blocks * config.splits, device.multiprocessors * (Shape::kSmall ? 2 : 1));
+  params.ahead = make_ahead(ahead, blocks * config.splits, device.multiprocessors * Shape::kBlocks);
 
-  return launch_kernel(decode_kernel<Shape>, dim3(blocks * config.splits), Shape::kThreads,
+  return launch_kernel(kernel_of<Shape>(), dim3(blocks * config.splits), Shape::kThreads,
                        plan.total, 1 << ranks_log2, config.overlap && hopper, stream, params);
 }
 
@@ -167,6 +205,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
 int decode_w4(FLUTE_DECODE_ARGUMENTS);
 int decode_w3(FLUTE_DECODE_ARGUMENTS);
 int decode_w2(FLUTE_DECODE_ARGUMENTS);
+int planes_w2(FLUTE_DECODE_ARGUMENTS);  // of bit planes, planes_w2.cu
 
 template <int Bits, typename T, int XTiles, int Warps, int Rows>
 int launch_groups(FLUTE_DECODE_ARGUMENTS) {

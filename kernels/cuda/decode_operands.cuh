@@ -2,17 +2,11 @@
 // operands.
 #pragma once
 
-#include "ring.cuh"
+#include "decode_share.cuh"
 
 namespace flute {
 
 constexpr int kXRow = kTileK * 2 + 16;  // bytes; the pad keeps ldmatrix free of bank conflicts
-constexpr int kPartialColumn = 16 + 4;  // floats of one column of x; the pad likewise
-constexpr int kBarrierBytes = (kMaxSlots + 1) * 8;
-
-// A small block has 8 warps and half of a multiprocessor. With overlap the next launch's blocks
-// then come while this one's are at work: their tables and first weights are there when it ends.
-constexpr int kWarpsOfSmall = 8;
 // A small block's table follows the barriers, at a place that the compiler knows.
 constexpr int kSmallTable = (kSharedReserved + kWarpsOfSmall * kBarrierBytes + 255) / 256 * 256;
 
@@ -25,6 +19,7 @@ struct DecodeShape {
   static constexpr int kWarps = Warps_;
   static constexpr int kThreads = kWarps * 32;
   static constexpr bool kSmall = Warps_ == kWarpsOfSmall;
+  static constexpr int kBlocks = kSmall ? 2 : 1;  // of a multiprocessor
   // Row tiles of a warp, at most. All of them are written out in the main loop: the fewer, the
   // sooner its first instructions have been fetched.
   static constexpr int kMaxRows = Rows_;
@@ -38,6 +33,7 @@ struct DecodeShape {
   static constexpr int kSlot = kDepth * kRecord;
   static constexpr int kStride = slot_stride(kSlot, kRecord);            // from slot to slot
   static constexpr int kPartialTile = XTiles_ * 8 * kPartialColumn * 4;  // bytes
+  static __host__ __device__ constexpr int partial_tile(int) { return kPartialTile; }
 };
 
 // Where a step's x lies in shared memory, from the first row of its first k tile. A small block

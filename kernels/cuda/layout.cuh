@@ -12,16 +12,16 @@
 //
 //   row = g + 8 * (j & 1),   k = 16 * f + 2 * t + 8 * (j >> 1) + e.
 //
-// The eight codes of a lane and fragment are the nibbles n = 2 * j + e of one 32-bit "nibble word":
-// byte j is then an index into a table of pairs, and the whole word is a selector for PRMT. A
-// lane's words are
+// The two codes of a lane, fragment and register, e = 0 and 1, lie in one byte, an index into a
+// table of pairs. A lane's words are
 //
-//   4 bits: the nibble words in two 16-byte vectors, f < 4, then f >= 4.
-//   3 bits: those of f = 0, 1, 4, 5 in a 16-byte vector, of f = 2, 6 in an 8-byte vector. Bit 3 of
-//   their nibbles is for f = 3 and 7: bit b of a code lies in the word of fragment f - 3 + b.
-//   2 bits: one 16-byte vector. Word f / 2 holds fragment f in bytes 2 * (f & 1) + (j >> 1), where
-//   nibble e has the code of an even j in its low two bits, of an odd j in the others: four weights
-//   that follow each other in the registers of a fragment come from one byte.
+//   4 bits: a word for each fragment, in two 16-byte vectors, f < 4, then f >= 4; register j in
+//   byte j, whose low nibble is the code of e = 0. 3 bits: the same for f = 0, 1, 4, 5 in a 16-byte
+//   vector, for f = 2, 6 in an 8-byte vector. Bit 3 of their nibbles is for f = 3 and 7: bit b of a
+//   code lies in the word of fragment f - 3 + b. 2 bits: one 16-byte vector. Word f / 2 holds
+//   fragment f in bytes 2 * (f & 1) + (j >> 1), where bit 4 b + 2 (j & 1) + e is bit b of code e:
+//   four weights that follow each other in the registers of a fragment come from one byte, and a
+//   few instructions gather one bit of 32 codes in a word (planes_operands.cuh).
 //
 // Scales: word g * groups + i holds the scales of rows g (low half) and g + 8 of group i.
 #pragma once
@@ -60,27 +60,28 @@ __host__ __device__ constexpr int record_bytes(int bits, int groups) {
   return code_bytes(bits) + groups * kTileRows * 2;
 }
 
-// Bit position, within a record, of bit `b` of the code of (lane, fragment, nibble).
-__host__ __device__ constexpr int code_bit(int bits, int lane, int fragment, int nibble, int b) {
+// Bit position, within a record, of bit `b` of code n = 2 * j + e of (lane, fragment).
+__host__ __device__ constexpr int code_bit(int bits, int lane, int fragment, int n, int b) {
+  const int j = n >> 1, e = n & 1;
   if (bits == 4) {
-    const int byte = (fragment >> 2) * 512 + lane * 16 + (fragment & 3) * 4;
-    return byte * 8 + 4 * nibble + b;
+    const int byte = (fragment >> 2) * 512 + lane * 16 + (fragment & 3) * 4 + j;
+    return byte * 8 + 4 * e + b;
   }
   if (bits == 2) {
-    const int byte = lane * 16 + (fragment >> 1) * 4 + 2 * (fragment & 1) + (nibble >> 2);
-    return byte * 8 + 4 * (nibble & 1) + (nibble & 2) + b;
+    const int byte = lane * 16 + (fragment >> 1) * 4 + 2 * (fragment & 1) + (j >> 1);
+    return byte * 8 + 4 * b + 2 * (j & 1) + e;
   }
   const int half = fragment >> 2, spare = (fragment & 3) == 3, word = spare ? b : fragment & 3;
   const int byte = word < 2 ? lane * 16 + half * 8 + word * 4 : 512 + lane * 8 + half * 4;
-  return byte * 8 + 4 * nibble + (spare ? 3 : b);
+  return (byte + j) * 8 + 4 * e + (spare ? 3 : b);
 }
 
-// Row and column, within a tile, of (lane, fragment, nibble).
-__host__ __device__ constexpr int code_row(int lane, int nibble) {
-  return lane / 4 + 8 * ((nibble >> 1) & 1);
+// Row and column, within a tile, of (lane, fragment, n).
+__host__ __device__ constexpr int code_row(int lane, int n) {
+  return lane / 4 + 8 * ((n >> 1) & 1);
 }
-__host__ __device__ constexpr int code_column(int lane, int fragment, int nibble) {
-  return 16 * fragment + 2 * (lane % 4) + 8 * (nibble >> 2) + (nibble & 1);
+__host__ __device__ constexpr int code_column(int lane, int fragment, int n) {
+  return 16 * fragment + 2 * (lane % 4) + 8 * (n >> 2) + (n & 1);
 }
 // Index of the 16-bit scale of (row, group) among the scales of a record.
 __host__ __device__ constexpr int scale_index(int groups, int row, int group) {

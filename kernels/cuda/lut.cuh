@@ -43,51 +43,51 @@ __host__ __device__ constexpr int table_bytes(bool wide) {
 // Writes the shared table, all threads together, from a part's global table. In two steps, so that
 // other requests can be made while the global loads are under way.
 //
-// Eight threads write an entry, and then those Threads / 8 entries further. So the low code of a
-// thread's entries is the same for all, and their high codes differ by constants: few loads, at
-// constant distances, and few instructions, which a kernel that starts must fetch first (NOTES.md).
-// TwoPairs: an entry has the pairs of two registers, eight bytes.
+// Eight threads write an entry, and then those Threads / 8 entries further. What this adds to an
+// entry are bits that the first one lacks, so each code is that of the first entry plus a constant:
+// few loads, at constant distances, and few instructions, which a kernel that starts must fetch
+// first (NOTES.md). TwoPairs: an entry has the pairs of two registers, eight bytes.
 template <int Bits, int Threads, bool Wide = kWideTable, bool TwoPairs = Bits == 2>
 struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
-  static constexpr uint32_t kCode = (1u << Bits) - 1;
   static_assert(Threads >= 128 && (Threads & (Threads - 1)) == 0);
 
-  // A value for the low half, one for each high half; of a pair table only `high`: whole pairs.
+  // Code e of an entry, an index byte of layout.cuh; at 2 bits that of an even or odd register.
+  static __device__ constexpr uint32_t code(uint32_t entry, int e, bool odd) {
+    if (Bits > 2) return entry >> (4 * e) & ((1u << Bits) - 1);
+    const int first = 2 * odd + e;
+    return (entry >> first & 1) | (entry >> (4 + first) & 1) << 1;
+  }
+
   struct Pairs {
-    uint32_t low, high[kStores];
-    // `first`: the low code. The high code of entry i is `second` + `after(i)`.
-    template <typename After>
-    __device__ __forceinline__ void load(const void* table, bool pairs, uint32_t first,
-                                         uint32_t second, After after) {
-      if (pairs) {
-        const uint32_t* from = static_cast<const uint32_t*>(table) + (first << Bits) + second;
+    uint32_t low[kStores], high[kStores];  // values; of a pair table only `high`: whole pairs
+    __device__ __forceinline__ void load(const void* table, bool pairs, bool odd) {
+      const uint32_t entry = threadIdx.x / 8, first = code(entry, 0, odd),
+                     second = code(entry, 1, odd);
 #pragma unroll
-        for (int i = 0; i < kStores; i++) high[i] = __ldg(from + after(i));
-      } else {
-        const uint16_t* values = static_cast<const uint16_t*>(table);
-        low = __ldg(values + first);
-#pragma unroll
-        for (int i = 0; i < kStores; i++) high[i] = __ldg(values + second + after(i));
+      for (int i = 0; i < kStores; i++) {
+        const uint32_t low_on = code(i * Threads / 8, 0, odd), on = code(i * Threads / 8, 1, odd);
+        if (pairs) {
+          high[i] = __ldg(static_cast<const uint32_t*>(table) + (first << Bits) + second +
+                          (low_on << Bits) + on);
+        } else {
+          const uint16_t* values = static_cast<const uint16_t*>(table);
+          low[i] = __ldg(values + first + low_on), high[i] = __ldg(values + second + on);
+        }
       }
     }
     __device__ __forceinline__ uint32_t word(int i, bool pairs) const {
-      return pairs ? high[i] : low | high[i] << 16;
+      return pairs ? high[i] : low[i] | high[i] << 16;
     }
   };
   Pairs first;
   Pairs second;  // of the other register
 
-  // Entry e: low code in bits 0..3 of a nibble word's byte, high code in bits 4..7. At 3 bits the
-  // fourth bits are another fragment's: the entries do not depend on them. At 2 bits a byte holds
-  // the pairs of two registers.
+  // At 3 bits the nibbles' fourth bits are another fragment's, at 2 bits, without TwoPairs, half of
+  // the bits another register's: the entries do not depend on them.
   __device__ __forceinline__ void load(const void* table, bool pairs) {
-    const uint32_t entry = threadIdx.x / 8;
-    first.load(table, pairs, entry & kCode, entry >> 4 & kCode,
-               [](int i) { return i * Threads / 128 & kCode; });
-    if constexpr (TwoPairs)
-      second.load(table, pairs, entry >> 2 & kCode, entry >> 6,
-                  [](int i) { return i * Threads / 512 & kCode; });
+    first.load(table, pairs, false);
+    if constexpr (TwoPairs) second.load(table, pairs, true);
   }
   // A 16-byte store repeats an entry; eight lanes write a row.
   __device__ __forceinline__ void store(uint32_t to, bool pairs) const {
@@ -115,12 +115,13 @@ __device__ __forceinline__ void load_words(uint32_t (&word)[Words], uint32_t at)
   }
 }
 
-// Nibble words that are not stored as such. At 2 bits: of the first or second fragment of a word.
-__device__ __forceinline__ uint32_t nibbles_of_2(uint32_t word, bool second) {
+// Words of index bytes that are not stored as such. At 2 bits: of the first or second fragment of a
+// word.
+__device__ __forceinline__ uint32_t bytes_of_2(uint32_t word, bool second) {
   return permute_bytes(word, word >> 2, second ? 0x7362 : 0x5140);
 }
 // At 3 bits: of the fragment that lies in bit 3 of the nibbles of three others.
-__device__ __forceinline__ uint32_t spare_nibbles(const uint32_t (&word)[3]) {
+__device__ __forceinline__ uint32_t spare_bytes(const uint32_t (&word)[3]) {
   const uint32_t two = select_bits(word[0] >> 3, word[1] >> 2, 0x11111111u);
   return select_bits(two, word[2] >> 1, 0x33333333u);
 }
@@ -151,7 +152,7 @@ struct Codes<4> {
     word[4 * half] = q.x, word[4 * half + 1] = q.y, word[4 * half + 2] = q.z;
     word[4 * half + 3] = q.w;
   }
-  __device__ __forceinline__ uint32_t nibbles(int f) const { return word[f]; }
+  __device__ __forceinline__ uint32_t bytes(int f) const { return word[f]; }
 };
 
 template <>
@@ -165,10 +166,7 @@ struct Codes<2> {
     const uint2 q = load_shared2(record + lane * 16 + half * 8);
     word[2 * half] = q.x, word[2 * half + 1] = q.y;
   }
-  // bits 2 and 3 of each nibble are another register's
-  __device__ __forceinline__ uint32_t nibbles(int f) const {
-    return nibbles_of_2(word[f / 2], f & 1);
-  }
+  __device__ __forceinline__ uint32_t bytes(int f) const { return bytes_of_2(word[f / 2], f & 1); }
 };
 
 template <>
@@ -183,9 +181,8 @@ struct Codes<3> {
   __device__ __forceinline__ void load_half(uint32_t record, int half, int lane) {
     load_half_of_3(word[half], record, half, lane);
   }
-  // bit 3 of each nibble is another fragment's
-  __device__ __forceinline__ uint32_t nibbles(int f) const {
-    return f % 4 < 3 ? word[f / 4][f % 4] : spare_nibbles(word[f / 4]);
+  __device__ __forceinline__ uint32_t bytes(int f) const {
+    return f % 4 < 3 ? word[f / 4][f % 4] : spare_bytes(word[f / 4]);
   }
 };
 
@@ -212,7 +209,7 @@ struct Decoder {
         to[0] = both.x, to[1] = both.y;
       }
     } else {
-      const uint32_t first = codes.nibbles(2 * p), second = codes.nibbles(2 * p + 1);
+      const uint32_t first = codes.bytes(2 * p), second = codes.bytes(2 * p + 1);
 #pragma unroll
       for (int j = 0; j < 4; j++) even[j] = load_table<At>(address(first, j));
 #pragma unroll
@@ -221,10 +218,10 @@ struct Decoder {
   }
 
  private:
-  // The table entry that byte j of a nibble word names.
-  __device__ __forceinline__ uint32_t address(uint32_t nibbles, int j) const {
-    if constexpr (kWideTable) return permute_bytes(nibbles, lane_table, 0x7604 | j << 4);
-    return and_or(j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7), 0x7f80, lane_table);
+  // The table entry that register j's byte of a word names.
+  __device__ __forceinline__ uint32_t address(uint32_t bytes, int j) const {
+    if constexpr (kWideTable) return permute_bytes(bytes, lane_table, 0x7604 | j << 4);
+    return and_or(j == 0 ? bytes << 7 : bytes >> (8 * j - 7), 0x7f80, lane_table);
   }
 };
 

@@ -64,6 +64,10 @@ __device__ __forceinline__ uint2 load_shared2(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared4(uint32_t address) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -136,6 +140,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 #endif
+}
+
+// 16 bytes that the launch before may have written.
+__device__ __forceinline__ uint4 load_global4(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
 }
 
 // 16 bytes of global memory to shared memory, zeros where `valid` is false.
@@ -285,6 +299,33 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
 FLUTE_DEFINE_MULTIPLY(__half, "f16")
 FLUTE_DEFINE_MULTIPLY(__nv_bfloat16, "bf16")
 #undef FLUTE_DEFINE_MULTIPLY
+
+// d[row, column] += how many bits the row of a and the column of b share: 16 x 128 by 128 x 8.
+__device__ __forceinline__ void multiply_bits(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// Of all lanes of a warp; and what the lane has whose number differs by `distance`, a power of two.
+__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t value) {
+  return __reduce_max_sync(~0u, value);
+}
+__device__ __forceinline__ int sum_of_lanes(int value) {
+  return __reduce_add_sync(~0u, value);
+}
+__device__ __forceinline__ bool any_lane(bool value) {
+  return __any_sync(~0u, value);
+}
+template <typename V>
+__device__ __forceinline__ V lane_across(V value, int distance) {
+  return __shfl_xor_sync(~0u, value, distance);
+}
+
+__device__ __forceinline__ uint32_t rotate_left(uint32_t word, int bits) {
+  return __funnelshift_l(word, word, bits);
+}
 
 // Two products of 16-bit floats, each rounded once.
 template <typename T>

@@ -8,10 +8,29 @@
 // spends on x instead, and nothing to be filled at the start.
 #pragma once
 
-#include "layout.cuh"
-#include "ptx.cuh"
+#include "lut.cuh"
 
 namespace flute {
+
+// Selectors for PRMT: half of a tile's codes as nibbles.
+template <int Bits>
+struct Nibbles {
+  uint32_t word[4];
+
+  __device__ __forceinline__ Nibbles(const Codes<Bits>& codes, int half) {
+#pragma unroll
+    for (int f = 0; f < 4; f++) {
+      if constexpr (Bits > 2) {
+        word[f] = codes.bytes(4 * half + f);
+      } else {
+        // Bit 4 b + 2 odd + e of a byte to 4 e + 2 odd + b.
+        const uint32_t stored = codes.word[2 * half + f / 2];
+        const uint32_t differ = (stored ^ stored >> 3) & 0x0a0a0a0au;
+        word[f] = bytes_of_2(stored ^ differ ^ differ << 3, f & 1);
+      }
+    }
+  }
+};
 
 // A scalar table of 2^Bits values of 16 bits.
 template <int Bits>
@@ -32,8 +51,8 @@ struct RegisterTable {
     }
   }
 
-  // The four registers of a fragment from its nibble word (layout.cuh). Bits of a nibble above the
-  // code may be anything.
+  // The four registers of a fragment from its word of nibbles. Bits of a nibble above the code may
+  // be anything.
   __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t nibbles) const {
     const uint32_t selectors = nibbles & (Bits == 2 ? 0x33333333u : 0x77777777u);
     const uint32_t shifted = Bits == 4 ? nibbles << 4 : 0;

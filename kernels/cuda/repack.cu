@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < words; i += kThreads) record[i] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < 32 * kFragments * 8; i += kThreads) {
-    const int lane = i / (kFragments * 8), fragment = i / 8 % kFragments, nibble = i % 8;
-    const int row = first_row + code_row(lane, nibble);
-    const int column = k_tile * kTileK + code_column(lane, fragment, nibble);
+    const int lane = i / (kFragments * 8), fragment = i / 8 % kFragments, n = i % 8;
+    const int row = first_row + code_row(lane, n);
+    const int column = k_tile * kTileK + code_column(lane, fragment, n);
     if (row >= end_row || column >= k) continue;
     const uint32_t code = canonical_code(qweight + row * row_words, bits, column);
     for (int b = 0; b < bits; b++) {
-      const int bit = code_bit(bits, lane, fragment, nibble, b);
+      const int bit = code_bit(bits, lane, fragment, n, b);
       if (code >> b & 1) atomicOr(&record[bit / 32], 1u << (bit % 32));
     }
   }

@@ -174,8 +174,9 @@ struct WideProducts {
       codes.load_half(from, half, lane);
       wgmma_wait<1>();  // all products are done but the last one
       if constexpr (unit >= 2) release(unit - 2);
+      const Nibbles<Shape::kBits> nibbles(codes, half);
 #pragma unroll
-      for (int f = 0; f < 4; f++) table.decode(a[half][f], codes.nibbles(4 * half + f));
+      for (int f = 0; f < 4; f++) table.decode(a[half][f], nibbles.word[f]);
       apply_scales<T>(a[half], word, 4 * half);
       if constexpr (half == 1 &&
                     (unit / 2 % Shape::kDepth == Shape::kDepth - 1 || unit == 2 * KTiles - 1))

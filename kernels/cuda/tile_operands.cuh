@@ -17,21 +17,21 @@ struct PairCodes<4, Pairs> {
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     load_words(word, record + (first >> 1) * 512 + lane * 16 + (first & 1) * 8);
   }
-  __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
+  __device__ __forceinline__ uint32_t bytes(int pair, int odd) const {
     return word[2 * pair + odd];
   }
 };
 
-// At 3 and 2 bits the rest of a nibble is another fragment's or register's; the table does not
-// depend on it.
+// At 3 and 2 bits the rest of a byte is another fragment's or register's; the table does not depend
+// on it.
 template <>
 struct PairCodes<3, 2> {
   uint32_t word[3];
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     load_half_of_3(word, record, first >> 1, lane);
   }
-  __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
-    return pair * 2 + odd < 3 ? word[pair * 2 + odd] : spare_nibbles(word);
+  __device__ __forceinline__ uint32_t bytes(int pair, int odd) const {
+    return pair * 2 + odd < 3 ? word[pair * 2 + odd] : spare_bytes(word);
   }
 };
 
@@ -41,9 +41,9 @@ struct PairCodes<3, 1> {
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     uint32_t word[3];
     load_half_of_3(word, record, first >> 1, lane);
-    even = first & 1 ? word[2] : word[0], odd = first & 1 ? spare_nibbles(word) : word[1];
+    even = first & 1 ? word[2] : word[0], odd = first & 1 ? spare_bytes(word) : word[1];
   }
-  __device__ __forceinline__ uint32_t nibbles(int, int second) const { return second ? odd : even; }
+  __device__ __forceinline__ uint32_t bytes(int, int second) const { return second ? odd : even; }
 };
 
 template <int Pairs>
@@ -52,8 +52,8 @@ struct PairCodes<2, Pairs> {
   __device__ __forceinline__ void load(uint32_t record, int lane, int first) {
     load_words(word, record + lane * 16 + first * 4);
   }
-  __device__ __forceinline__ uint32_t nibbles(int pair, int odd) const {
-    return nibbles_of_2(word[pair], odd);
+  __device__ __forceinline__ uint32_t bytes(int pair, int odd) const {
+    return bytes_of_2(word[pair], odd);
   }
 };
 
@@ -73,11 +73,11 @@ struct Weights {
   }
   __device__ __forceinline__ void decode(uint32_t (&a)[4], uint32_t table, int lane, int pair,
                                          int odd) const {
-    const uint32_t nibbles = codes.nibbles(pair, odd);
+    const uint32_t bytes = codes.bytes(pair, odd);
     const uint32_t both = scales[pair % kScales];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const uint32_t at = j == 0 ? nibbles << 7 : nibbles >> (8 * j - 7);
+      const uint32_t at = j == 0 ? bytes << 7 : bytes >> (8 * j - 7);
       const uint32_t scale = permute_bytes(both, both, j & 1 ? 0x3232 : 0x1010);
       a[j] = multiply_pairs<T>(load_table(and_or(at, 0x7f80, lane * 4) + table), scale);
     }

@@ -36,12 +36,12 @@ __device__ __forceinline__ void load_codes(Codes<2>& codes, const uint8_t* recor
 template <int Bits>
 __device__ __forceinline__ uint32_t pair_index(const Codes<Bits>& codes, int f, int j) {
   if constexpr (Bits == 2) {
-    const uint32_t byte = codes.word[f / 2] >> (16 * (f & 1) + 8 * (j >> 1) + 2 * (j & 1));
-    return (byte & 3) << 2 | (byte >> 4 & 3);
+    const uint32_t byte = codes.word[f / 2] >> (16 * (f & 1) + 8 * (j >> 1));
+    return TableFill<2, 128>::code(byte, 0, j & 1) << 2 | TableFill<2, 128>::code(byte, 1, j & 1);
   } else {
-    constexpr uint32_t kCode = (1u << Bits) - 1;
-    const uint32_t byte = codes.nibbles(f) >> (8 * j);
-    return (byte & kCode) << Bits | (byte >> 4 & kCode);
+    const uint32_t byte = codes.bytes(f) >> (8 * j);
+    return TableFill<Bits, 128>::code(byte, 0, false) << Bits |
+           TableFill<Bits, 128>::code(byte, 1, false);
   }
 }
 

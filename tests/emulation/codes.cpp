@@ -8,7 +8,7 @@
 
 static dim3 threadIdx;
 
-#include "lut.cuh"
+#include "register_lut.cuh"
 
 namespace flute {
 
@@ -34,11 +34,11 @@ bool agrees(bool pairs) {
   memset(bytes, 0, code_bytes(Bits));
   for (int lane = 0; lane < 32; lane++)
     for (int f = 0; f < kFragments; f++)
-      for (int nibble = 0; nibble < 8; nibble++) {
-        code[lane][f][nibble] = rng() % kCodes;
+      for (int n = 0; n < 8; n++) {
+        code[lane][f][n] = rng() % kCodes;
         for (int b = 0; b < Bits; b++) {
-          const int bit = code_bit(Bits, lane, f, nibble, b);
-          const int set = code[lane][f][nibble] >> b & 1;
+          const int bit = code_bit(Bits, lane, f, n, b);
+          const int set = code[lane][f][n] >> b & 1;
           if (bytes[bit / 8] >> bit % 8 & 1) {
             printf("%d bits: two codes share bit %d\n", Bits, bit);
             return false;
@@ -52,18 +52,19 @@ bool agrees(bool pairs) {
     codes.load(kRecordAt, lane);
     for (int half = 0; half < 2; half++) halves.load_half(kRecordAt, half, lane);
     const Decoder<Bits> decoder(kTableAt, lane);
+    const Nibbles<Bits> nibbles[2] = {{codes, 0}, {codes, 1}};
+    const Nibbles<Bits> of_halves[2] = {{halves, 0}, {halves, 1}};
     for (int f = 0; f < kFragments; f++) {
       uint32_t a[2][4];
       decoder.decode(a[0], a[1], codes, f / 2);
-      for (int nibble = 0; nibble < 8; nibble++) {
+      for (int n = 0; n < 8; n++) {
         const uint32_t* of = code[lane][f];
-        const uint32_t low = of[nibble & ~1], high = of[nibble | 1];
-        const uint16_t wanted =
-            pairs ? values[2 * (low << Bits | high) + nibble % 2] : values[of[nibble]];
-        const uint16_t found = a[f % 2][nibble / 2] >> nibble % 2 * 16;
-        if (found != wanted || (codes.nibbles(f) >> 4 * nibble & (kCodes - 1)) != of[nibble] ||
-            (halves.nibbles(f) >> 4 * nibble & (kCodes - 1)) != of[nibble]) {
-          printf("%d bits, lane %d, fragment %d, nibble %d\n", Bits, lane, f, nibble);
+        const uint32_t low = of[n & ~1], high = of[n | 1];
+        const uint16_t wanted = pairs ? values[2 * (low << Bits | high) + n % 2] : values[of[n]];
+        const uint16_t found = a[f % 2][n / 2] >> n % 2 * 16;
+        if (found != wanted || (nibbles[f / 4].word[f % 4] >> 4 * n & (kCodes - 1)) != of[n] ||
+            (of_halves[f / 4].word[f % 4] >> 4 * n & (kCodes - 1)) != of[n]) {
+          printf("%d bits, lane %d, fragment %d, code %d\n", Bits, lane, f, n);
           return false;
         }
       }

@@ -62,7 +62,13 @@ inline uint4 load_shared4(uint32_t address) {
 inline float load_shared_float(uint32_t address) {
   return load_shared_as<float>(address);
 }
+inline float4 load_shared_float4(uint32_t address) {
+  return load_shared_as<float4>(address);
+}
 inline void store_shared_float(uint32_t address, float v) {
+  store_shared_as(address, v);
+}
+inline void store_shared(uint32_t address, uint32_t v) {
   store_shared_as(address, v);
 }
 inline void store_shared4(uint32_t address, uint4 v) {
@@ -105,6 +111,14 @@ T narrow(float value) {
 }
 
 template <typename T>
+uint32_t narrow_pair(float low, float high) {
+  const T two[2] = {T(low), T(high)};
+  uint32_t word;
+  memcpy(&word, two, 4);
+  return word;
+}
+
+template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto* lanes = exchange(words, 6);
@@ -117,6 +131,41 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
       d[i] += x.x * y.x + x.y * y.y;
     }
   }
+}
+inline void multiply_bits(int (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  const uint32_t words[3] = {a[0], a[1], b};
+  const auto* lanes = exchange(words, 3);
+  const int lane = current_fiber().index % 32;
+  for (int i = 0; i < 4; i++)
+    for (int t = 0; t < 4; t++)
+      d[i] += __builtin_popcount(lanes[lane / 4 * 4 + t][i / 2] &
+                                 lanes[(lane % 4 * 2 + i % 2) * 4 + t][2]);
+}
+inline uint32_t largest_of_lanes(uint32_t value) {
+  const auto* lanes = exchange(&value, 1);
+  uint32_t largest = 0;
+  for (int i = 0; i < 32; i++) largest = max(largest, lanes[i][0]);
+  return largest;
+}
+inline int sum_of_lanes(int value) {
+  const auto* lanes = exchange(reinterpret_cast<uint32_t*>(&value), 1);
+  int sum = 0;
+  for (int i = 0; i < 32; i++) sum += static_cast<int>(lanes[i][0]);
+  return sum;
+}
+inline bool any_lane(bool value) {
+  return sum_of_lanes(value) > 0;
+}
+template <typename V>
+V lane_across(V value, int distance) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  word = exchange(&word, 1)[current_fiber().index % 32 ^ distance][0];
+  memcpy(&value, &word, 4);
+  return value;
+}
+inline uint32_t rotate_left(uint32_t word, int bits) {
+  return word << (bits & 31) | word >> (-bits & 31);
 }
 template <typename T>
 uint32_t multiply_pairs(uint32_t a, uint32_t b) {
@@ -193,6 +242,11 @@ inline float __uint_as_float(uint32_t word) {
   float value;
   memcpy(&value, &word, 4);
   return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  return word;
 }
 template <typename V>
 V __ldg(const V* p) {

@@ -9,6 +9,8 @@ namespace flute {
 uint8_t shared[1];
 }
 
+static dim3 threadIdx;
+
 #include "register_lut.cuh"
 
 namespace flute {

@@ -75,15 +75,15 @@ bool run(const FluteMatrix& matrix, int m) {
       uint8_t* record = records + (static_cast<size_t>(tile) * k_tiles + k_tile) * Shape::kRecord;
       for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < kFragments * 8; i += 2) {
-          const int fragment = i / 8, nibble = i % 8;
-          const int row = first_row + code_row(lane, nibble);
-          const int column = k_tile * kTileK + code_column(lane, fragment, nibble);
+          const int fragment = i / 8, n = i % 8;
+          const int row = first_row + code_row(lane, n);
+          const int column = k_tile * kTileK + code_column(lane, fragment, n);
           if (row >= parts.row[part + 1] || column >= k) continue;
           int code[2];
           for (int e = 0; e < 2; e++) {
             code[e] = rng() % codes;
             for (int b = 0; b < bits; b++) {
-              const int bit = code_bit(bits, lane, fragment, nibble + e, b);
+              const int bit = code_bit(bits, lane, fragment, n + e, b);
               record[bit / 8] |= (code[e] >> b & 1) << (bit % 8);
             }
           }

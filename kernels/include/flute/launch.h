@@ -92,6 +92,13 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
                            const void* x, const void* records, const void* table, void* y,
                            const FluteAhead* ahead, void* stream);
 
+// The same from bit planes, on compute capability 9.0: m = 1, 2 bits, groups of 128 and longer,
+// tables of single values; warps are 32, row_warps up to that. Where x has values of very different
+// sizes within 128 columns, the smallest ones are off by up to 2^-28 of the largest.
+FLUTE_API int flute_planes(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
+                           const void* x, const void* records, const void* table, void* y,
+                           const FluteAhead* ahead, void* stream);
+
 // Bytes of the workspace that flute_sm90_gemm needs on the current device: 0 unless splits are 0.
 FLUTE_API int64_t flute_sm90_workspace(const FluteSm90Config* config);
 
