@@ -138,8 +138,11 @@ class Library:
         y: torch.Tensor,
         records: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same by the kernel of bit planes."""
-        return self._decode(self.c.flute_planes, layer, config, x, y, records)
+        """The same by the kernel of bit planes. Raises RuntimeError for a library without it."""
+        function = getattr(self.c, "flute_planes", None)
+        if function is None:
+            raise RuntimeError("the library has no flute_planes")
+        return self._decode(function, layer, config, x, y, records)
 
     def _decode(self, function, layer, config, x, y, records):
         c = DecodeConfig(*config.numbers)

@@ -110,6 +110,8 @@ FluteMatrix check_records(const char* op, const Tensor& qweight, const Tensor& s
                   table.is_cuda(),
               op, "table", ("shape ", shape_of(table), " for ", matrix.parts, " parts"),
               ("stack one table for each part, in the dtype of scales"));
+  FLUTE_CHECK(reinterpret_cast<uintptr_t>(table.data_ptr()) % 4 == 0, op, "table",
+              ("it begins two bytes behind a multiple of four"), ("pass a clone of this view"));
   return matrix;
 }
 

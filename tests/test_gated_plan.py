@@ -70,6 +70,10 @@ def test_bit_planes_gate_where_they_split_no_k():
     plan = tuning.entries(28672, 4096, 2, 128, parts, H200, overlap=1, environment={})
     assert plan[0].kernel == PLANES
     assert plan[0].gates == (tuning.Config(*plan[0].config).splits == 1)
+    for half, k in ((14336, 4096), (28672, 8192), (7168, 8192), (8960, 5120)):
+        halves = tuning.entries(2 * half, k, 2, 128, (half, half), H200, environment={})
+        assert halves[0].kernel == PLANES
+        assert halves[0].gates
     problem = (28672, 4096, 1, 2, 128, parts, False)
     assert tuning.can_gate(tuning.Entry(1, PLANES, (14, 16, 4, 2, 32, 1)), problem, H200)
     assert not tuning.can_gate(tuning.Entry(1, PLANES, (14, 16, 8, 2, 32, 1)), problem, H200)

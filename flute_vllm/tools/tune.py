@@ -30,7 +30,7 @@ from flute_vllm.tools.timing import CallGraph, copies_for
 from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, planes, sm90
 from flute_vllm.tuning.plan import DENSE_BYTES
 
-FEW_ROWS = tuning.BUCKETS[0]  # up to here only the decode kernel runs
+FEW_ROWS = tuning.BUCKETS[0]  # up to here launches are not in section sm90
 TUNED_ROWS = (1, FEW_ROWS, *tuning.SM90_BUCKETS)  # 1: where a kernel of its own takes it
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
@@ -50,7 +50,7 @@ class Tuned:
 
     section: str
     key: str
-    numbers: tuple[int, ...]  # kernel (but for the decode section), then its config
+    numbers: tuple[int, ...]  # in section sm90 the kernel, then its config
     us: float
     tried: int
 
@@ -257,9 +257,7 @@ def tune(
     work = [
         (layer, m)
         for layer in layers
-        for m in sorted(
-            {m if m == 1 and takes_one_row(layer, gpu) else max(m, FEW_ROWS) for m in rows}
-        )
+        for m in buckets(layer, rows, gpu)
         if (place := place_of(layer, m, gpu))[1] not in found.setdefault(place[0], {})
     ]
     added = 0

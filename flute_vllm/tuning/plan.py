@@ -83,7 +83,8 @@ def entries(
     single_row = planes.Problem(n, k, 1, bits, group_size, parts, pair)
     config = None if forced else planes.select(single_row, device, overlap=overlap)
     if config is not None:
-        found.append(Entry(1, PLANES, config.numbers, "2 bits, one row"))
+        origin = "measured" if planes.measured_config(single_row, device) else "heuristic"
+        found.append(Entry(1, PLANES, config.numbers, f"one row at 2 bits: {origin}"))
     found.append(decoding(decode.BUCKETS[0]))
     table = measured(device.name, "sm90")
     simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)

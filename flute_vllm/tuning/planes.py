@@ -102,24 +102,29 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     issue = (config.row_tiles * (70 * k_tiles + 60 * config.k_warps) + 110 * k_tiles) / 4
     steps = config.rows_each * math.ceil(k_tiles / config.k_warps / DEPTH)
     exchange = {1: 0, 2: 400, 4: 1200, 8: 3000}[config.splits]
+    if problem.has_two_halves and config.splits > 1:
+        exchange += 2300  # the activation, which a launch that splits no k may end with
     return waves * (max(issue, 1000 * steps) + exchange + 3000)
+
+
+def measured_config(problem: Problem, device: Device) -> Config | None:
+    """That of the device's table, where it has a legal one."""
+    if any(rows % TILE_ROWS for rows in problem.parts):
+        return None
+    numbers = measured(device.name, "planes").get(f"{problem.n},{problem.k}")
+    return complete(problem, Config(*numbers), device) if numbers else None
 
 
 def select(problem: Problem, device: Device, *, overlap: int = 0) -> Config | None:
     """The config of a problem; None where the kernel does not take it, or x is too long."""
     if not takes(problem, device):
         return None
-    numbers = None
-    if all(rows % TILE_ROWS == 0 for rows in problem.parts):
-        numbers = measured(device.name, "planes").get(f"{problem.n},{problem.k}")
-    if numbers:
-        config = complete(problem, Config(*numbers), device)
-        if config is not None:
-            return replace(config, overlap=config.overlap or overlap)
-    legal = (complete(problem, config, device) for config in candidates(problem, device))
-    best = min(
-        (config for config in legal if config is not None),
-        key=lambda config: clocks(problem, config, device),
-        default=None,
-    )
-    return replace(best, overlap=overlap) if best else None
+    best = measured_config(problem, device)
+    if best is None:
+        legal = (complete(problem, config, device) for config in candidates(problem, device))
+        best = min(
+            (config for config in legal if config is not None),
+            key=lambda config: clocks(problem, config, device),
+            default=None,
+        )
+    return replace(best, overlap=best.overlap or overlap) if best else None

@@ -6,10 +6,10 @@
 
 namespace {
 
-bool decodes(const FluteMatrix* matrix, int32_t m, const void* x, const void* records,
-             const void* table) {
+bool are_operands_legal(const FluteMatrix* matrix, int32_t m, const void* x, const void* records,
+                        const void* table) {
   return flute_record_words(matrix) >= 0 && m >= 1 && m <= FLUTE_MAX_M &&
-         flute::operands_aligned(*matrix, x, table) &&
+         flute::operands_aligned(x, table) &&
          reinterpret_cast<uintptr_t>(records) % flute::kLine == 0;
 }
 
@@ -20,7 +20,7 @@ extern "C" {
 int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                  const void* x, const void* records, const void* table, void* y,
                  const FluteAhead* ahead, void* stream) {
-  if (!decodes(matrix, m, x, records, table)) return flute::kBadShape;
+  if (!are_operands_legal(matrix, m, x, records, table)) return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {
     case 4:
@@ -36,7 +36,7 @@ int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* config, int
 int flute_planes(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                  const void* x, const void* records, const void* table, void* y,
                  const FluteAhead* ahead, void* stream) {
-  if (!decodes(matrix, m, x, records, table)) return flute::kBadShape;
+  if (!are_operands_legal(matrix, m, x, records, table)) return flute::kBadShape;
   if (matrix->bits != 2) return flute::kBadConfig;
   return flute::planes_w2(*matrix, *config, m, x, records, table, y, ahead,
                           static_cast<cudaStream_t>(stream));
@@ -51,7 +51,7 @@ int64_t flute_sm90_workspace(const FluteSm90Config* config) {
 int flute_sm90_gemm(const FluteMatrix* matrix, const FluteSm90Config* config, int32_t m,
                     const void* x, const void* records, const void* table, void* y, void* workspace,
                     const FluteAhead* ahead, void* stream) {
-  if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(*matrix, x, table))
+  if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(x, table))
     return flute::kBadShape;
   auto* s = static_cast<cudaStream_t>(stream);
   switch (matrix->bits) {

@@ -45,8 +45,10 @@ SharedPlan plan_small(const FluteDecodeConfig& config, int room, int limit) {
 
 // Barriers | x of the block's k tiles | partial sums | rings.
 template <typename Shape>
-SharedPlan plan_planes(const FluteDecodeConfig& config, int m, int k_tiles, int room) {
+SharedPlan plan_planes(const FluteDecodeConfig& config, int m, int k_tiles, int room, int limit) {
   SharedPlan plan{};
+  plan.total = limit + 1;
+  if (k_tiles / config.splits > limit / PlaneX::kBytes) return plan;  // bytes of x fit an int below
   const int rows_each = ceil_div(config.row_tiles, config.row_warps);
   plan.x_offset = whole_lines(Shape::kWarps * kBarrierBytes);
   plan.high_region = plan.x_offset + ceil_div(k_tiles, config.splits) * PlaneX::kBytes;
@@ -68,7 +70,7 @@ SharedPlan plan_shared(const FluteDecodeConfig& config, int m, int k_tiles, int 
                                          cluster_room(m * config.row_tiles * kTileRows,
                                                       Shape::kThreads, sizeof(float), ranks_log2);
   if constexpr (kIsPlanes<Shape>) {
-    SharedPlan plan = plan_planes<Shape>(config, m, k_tiles, room);
+    SharedPlan plan = plan_planes<Shape>(config, m, k_tiles, room, limit);
     if (plan.total > limit) plan.total = -1;
     return plan;
   } else if constexpr (Shape::kSmall) {
@@ -140,7 +142,7 @@ int launch_shape(const FluteMatrix& matrix, FluteDecodeConfig config, int m, con
   // About 70 KiB in flight fill the memory system; beyond 100 KiB a block, bandwidth drops by a
   // third (NOTES.md).
   if (config.slots <= 0) {
-    config.slots = 80 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
+    config.slots = kIsPlanes<Shape> ? 3 : 80 * 1024 / (Shape::kWarps * Shape::kSlot) + 1;
     if (config.slots > kMaxSlots) config.slots = kMaxSlots;
     if (config.slots < least_slots + 1) config.slots = least_slots + 1;
     do {

@@ -76,6 +76,14 @@ __host__ __device__ constexpr int code_bit(int bits, int lane, int fragment, int
   return (byte + j) * 8 + 4 * e + (spare ? 3 : b);
 }
 
+// Code e of an index byte, at 2 bits that of an even or odd register.
+template <int Bits>
+__host__ __device__ constexpr uint32_t code_of_byte(uint32_t byte, int e, bool odd) {
+  if (Bits > 2) return byte >> (4 * e) & ((1u << Bits) - 1);
+  const int first = 2 * odd + e;
+  return (byte >> first & 1) | (byte >> (4 + first) & 1) << 1;
+}
+
 // Row and column, within a tile, of (lane, fragment, n).
 __host__ __device__ constexpr int code_row(int lane, int n) {
   return lane / 4 + 8 * ((n >> 1) & 1);
@@ -88,10 +96,9 @@ __host__ __device__ constexpr int scale_index(int groups, int row, int group) {
   return 2 * ((row % 8) * groups + group) + row / 8;
 }
 
-// Kernels read x in 16 bytes, and the entries of a pair table as words.
-inline bool operands_aligned(const FluteMatrix& matrix, const void* x, const void* table) {
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
-         !(matrix.pair_table && reinterpret_cast<uintptr_t>(table) % 4);
+// Kernels read x in 16 bytes, and tables in words.
+inline bool operands_aligned(const void* x, const void* table) {
+  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(table) % 4 == 0;
 }
 
 // The parts of a matrix as a kernel sees them, by value.

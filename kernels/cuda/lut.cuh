@@ -52,21 +52,15 @@ struct TableFill {
   static constexpr int kStores = kTableEntries * 8 / Threads;
   static_assert(Threads >= 128 && (Threads & (Threads - 1)) == 0);
 
-  // Code e of an entry, an index byte of layout.cuh; at 2 bits that of an even or odd register.
-  static __device__ constexpr uint32_t code(uint32_t entry, int e, bool odd) {
-    if (Bits > 2) return entry >> (4 * e) & ((1u << Bits) - 1);
-    const int first = 2 * odd + e;
-    return (entry >> first & 1) | (entry >> (4 + first) & 1) << 1;
-  }
-
   struct Pairs {
     uint32_t low[kStores], high[kStores];  // values; of a pair table only `high`: whole pairs
     __device__ __forceinline__ void load(const void* table, bool pairs, bool odd) {
-      const uint32_t entry = threadIdx.x / 8, first = code(entry, 0, odd),
-                     second = code(entry, 1, odd);
+      const uint32_t entry = threadIdx.x / 8, first = code_of_byte<Bits>(entry, 0, odd),
+                     second = code_of_byte<Bits>(entry, 1, odd);
 #pragma unroll
       for (int i = 0; i < kStores; i++) {
-        const uint32_t low_on = code(i * Threads / 8, 0, odd), on = code(i * Threads / 8, 1, odd);
+        const uint32_t low_on = code_of_byte<Bits>(i * Threads / 8, 0, odd),
+                       on = code_of_byte<Bits>(i * Threads / 8, 1, odd);
         if (pairs) {
           high[i] = __ldg(static_cast<const uint32_t*>(table) + (first << Bits) + second +
                           (low_on << Bits) + on);

@@ -108,7 +108,7 @@ __device__ __forceinline__ void make_planes(const DecodeParams& p, uint32_t to, 
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++) {
       const int tile = first + i * Shape::kWarps;
-      if (tile < k_tiles) PlaneX::store<typename Shape::T>(to + tile * PlaneX::kBytes, x[i], lane);
+      if (tile < k_tiles) PlaneX::make<typename Shape::T>(to + tile * PlaneX::kBytes, x[i], lane);
     }
   }
 }

@@ -55,7 +55,7 @@ int64_t flute_tile_workspace(const FluteMatrix* matrix, const FluteTileConfig* c
 
 int flute_tile(const FluteMatrix* matrix, const FluteTileConfig* config, int32_t m, const void* x,
                const void* records, const void* table, void* y, void* workspace, void* stream) {
-  if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(*matrix, x, table))
+  if (flute_record_words(matrix) < 0 || m < 1 || !flute::operands_aligned(x, table))
     return flute::kBadShape;
   if (matrix->activation != FLUTE_NO_ACTIVATION ||
       (config->splits > 1 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16)))

@@ -37,11 +37,10 @@ template <int Bits>
 __device__ __forceinline__ uint32_t pair_index(const Codes<Bits>& codes, int f, int j) {
   if constexpr (Bits == 2) {
     const uint32_t byte = codes.word[f / 2] >> (16 * (f & 1) + 8 * (j >> 1));
-    return TableFill<2, 128>::code(byte, 0, j & 1) << 2 | TableFill<2, 128>::code(byte, 1, j & 1);
+    return code_of_byte<2>(byte, 0, j & 1) << 2 | code_of_byte<2>(byte, 1, j & 1);
   } else {
     const uint32_t byte = codes.bytes(f) >> (8 * j);
-    return TableFill<Bits, 128>::code(byte, 0, false) << Bits |
-           TableFill<Bits, 128>::code(byte, 1, false);
+    return code_of_byte<Bits>(byte, 0, false) << Bits | code_of_byte<Bits>(byte, 1, false);
   }
 }
 

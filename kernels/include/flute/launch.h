@@ -26,8 +26,8 @@ typedef struct {
   int32_t bits;                        // 2, 3, 4
   int32_t group_size;                  // 32, 64, 128, 256, or -1: one scale per row
   int32_t dtype;                       // of x, y, scales and table
-  int32_t pair_table;                  // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2], which
-                                       // begins at a multiple of four bytes
+  int32_t pair_table;                  // 0: table [parts, 2^bits]; 1: [parts, 2^(2 bits), 2];
+                                       // either begins at a multiple of four bytes
   int32_t parts;                       // 1 .. FLUTE_MAX_PARTS
   int32_t part_rows[FLUTE_MAX_PARTS];  // sums to n
   int32_t activation;                  // if not 0: the parts are gate and up, both of n / 2 rows,
@@ -93,8 +93,9 @@ FLUTE_API int flute_decode(const FluteMatrix* matrix, const FluteDecodeConfig* c
                            const FluteAhead* ahead, void* stream);
 
 // The same from bit planes, on compute capability 9.0: m = 1, 2 bits, groups of 128 and longer,
-// tables of single values; warps are 32, row_warps up to that. Where x has values of very different
-// sizes within 128 columns, the smallest ones are off by up to 2^-28 of the largest.
+// tables of single values; warps are 32, row_warps up to that. Each 128 columns of x are rounded to
+// 15 bits: a value is off by at most 2^-14 of the largest of them, or 2^-28 where the others are
+// much smaller than that one. What is infinite or not a number in x makes all of y not a number.
 FLUTE_API int flute_planes(const FluteMatrix* matrix, const FluteDecodeConfig* config, int32_t m,
                            const void* x, const void* records, const void* table, void* y,
                            const FluteAhead* ahead, void* stream);
