@@ -92,7 +92,7 @@ def test_bit_planes_serve_one_row_at_two_bits(bits, group_size, pair, device, ta
 
 
 def test_bit_planes_are_left_where_x_is_too_long():
-    """Eight blocks have room for planes of some 230,000 columns."""
+    """Eight blocks have room for planes of some 238,000 columns."""
     problem = tuning.planes.Problem(16, 320000, 1, 2, -1)
     assert tuning.planes.select(problem, tuning.H200) is None
     found = tuning.entries(16, 320000, 2, -1, (16,), tuning.H200, environment={})

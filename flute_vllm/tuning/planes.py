@@ -92,8 +92,8 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
 
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
-    """Of a launch, as far as its shape decides: instructions counted in the compiled code, waits
-    fitted to a sweep on an H200 (``planes_trials.json``)."""
+    """Of a launch, as far as its shape decides: about the instructions of the compiled code, and
+    waits with which the order of a sweep on an H200 comes out (``planes_trials.json``)."""
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_tiles = math.ceil(problem.k_tiles / config.splits)

@@ -1,5 +1,5 @@
 // From a problem and a configuration to a launch of a decode kernel. Included by the decode_w*.cu
-// and planes_w*.cu.
+// and planes_w2.cu.
 #pragma once
 
 #include "decode.cuh"

@@ -3,8 +3,8 @@
 //
 // The decode kernel (decode.cuh) makes every weight a 16-bit float from a table in shared memory,
 // which delivers 64 of them a clock and is the limit at 2 and 3 bits. Here no weight is looked up:
-// shared memory has only codes, scales and planes of x. At 3 bits seven planes take as long as the
-// table, and a second row of x as long as both rows in the decode kernel (NOTES.md).
+// shared memory has only codes, scales and planes of x. At 3 bits seven planes take longer than the
+// table, and so does on most layers a second row of x at 2 bits (NOTES.md).
 //
 // A block computes a few 16-row tiles of w over its range of k, a cluster may split k, and warps
 // form groups along the rows, all as in decode.cuh. But a warp takes one row tile after another,

@@ -228,7 +228,7 @@ __device__ __forceinline__ void multiply_planes(PlaneSums& sums, const Planes<Sh
     multiply_bits(count, planes.word[s], x.plane[1]);
     multiply_bits(count, planes.word[s], x.plane[1]);
     // A count is below 2^23, so its bits are those of a float, count * 2^-149: multiplied at full
-    // speed, where a conversion would cost as much as two products.
+    // speed, where a conversion would cost as much as two of them.
     auto as_float = [](int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); };
 #pragma unroll
     for (int i = 0; i < 2; i++)
