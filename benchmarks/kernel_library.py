@@ -126,25 +126,14 @@ class Library:
         x: torch.Tensor,
         y: torch.Tensor,
         records: torch.Tensor | None = None,
+        *,
+        planes: bool = False,
     ) -> torch.Tensor:
-        """``records`` replaces those of the layer: a copy, in rotation."""
-        return self._decode(self.c.flute_decode, layer, config, x, y, records)
-
-    def planes(
-        self,
-        layer: Layer,
-        config: tuning.Config,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        records: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The same by the kernel of bit planes. Raises RuntimeError for a library without it."""
-        function = getattr(self.c, "flute_planes", None)
+        """``records`` replaces those of the layer: a copy, in rotation. ``planes``: by the kernel
+        of bit planes. Raises RuntimeError for a library without it."""
+        function = getattr(self.c, "flute_planes" if planes else "flute_decode", None)
         if function is None:
-            raise RuntimeError("the library has no flute_planes")
-        return self._decode(function, layer, config, x, y, records)
-
-    def _decode(self, function, layer, config, x, y, records):
+            raise RuntimeError("the library has no such kernel")
         c = DecodeConfig(*config.numbers)
         records = layer.records if records is None else records
         arguments = (ctypes.byref(c), x.shape[0], x, records, layer.table, y, layer.ahead())
@@ -229,10 +218,9 @@ class Library:
             matrix = Matrix.from_buffer_copy(layer.matrix)
             matrix.activation = activation
             layer = replace(layer, matrix=matrix)
-        if entry.kernel == tuning.DECODE:
-            return self.decode(layer, tuning.Config(*entry.config), x, y, records)
-        if entry.kernel == tuning.PLANES:
-            return self.planes(layer, tuning.Config(*entry.config), x, y, records)
+        if entry.kernel in (tuning.DECODE, tuning.PLANES):
+            config, planes = tuning.Config(*entry.config), entry.kernel == tuning.PLANES
+            return self.decode(layer, config, x, y, records, planes=planes)
         if entry.kernel == tuning.SM90:
             return self.sm90_gemm(layer, entry.config, x, y, records)
         if entry.kernel == tuning.TILE:

@@ -226,12 +226,6 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
     sizes = (case.n, case.k, case.m, case.bits, case.group_size, case.parts)
     overlap = 1 if case.launches > 1 else 0
     full: tuning.Config | tuning.sm90.Config | tuning.tile.Config | None
-    if case.kind == "planes":
-        config = replace(tuning.Config(*wish), warps=tuning.planes.WARPS, overlap=overlap)
-        full = tuning.planes.complete(tuning.planes.Problem(*sizes), config, tuning.H200)
-        if full is None or (case.activation and not _gates(case, full)):
-            return None
-        return replace(case, config=full.numbers)
     if case.kind in ("dequantize", "activate", "norm"):
         return case
     if case.kind == "decode":
@@ -239,6 +233,9 @@ def configured(case: Case, wish: tuple[int, ...]) -> Case | None:
         full = tuning.complete(
             tuning.Problem(*sizes), replace(config, overlap=overlap), tuning.H200
         )
+    elif case.kind == "planes":
+        config = replace(tuning.Config(*wish), warps=tuning.planes.WARPS, overlap=overlap)
+        full = tuning.planes.complete(tuning.planes.Problem(*sizes), config, tuning.H200)
     elif case.kind == "tile":
         problem = tuning.tile.Problem(*sizes)
         slots = [wish[2:]] if len(wish) > 2 else tuning.tile.SLOTS[wish[0]]

@@ -100,26 +100,26 @@ def takes_one_row(layer: LinearLayer, gpu: tuning.Device) -> bool:
 
 
 def planes_candidates(problem: planes.Problem, gpu: tuning.Device, limit: int) -> list[Entry]:
-    full = set()
-    for config in planes.candidates(problem, gpu):
-        for slots in (1, 2, 3):
-            done = planes.complete(problem, replace(config, slots=slots, overlap=1), gpu)
-            if done is not None:
-                full.add(done)
+    """Launches of the kernel of bit planes, the most promising first."""
+    full = completed(planes.candidates(problem, gpu), (1, 2, 3), planes.complete, problem, gpu)
     ranked = sorted(full, key=lambda c: (planes.clocks(problem, c, gpu), c.numbers))[:limit]
     return [Entry(1, PLANES, config.numbers) for config in ranked]
 
 
 def decode_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int) -> list[Entry]:
     """The same of the decode kernel."""
-    full = set()
-    for config in tuning.candidates(problem, gpu):
-        for slots in (0, 2, 3):
-            done = tuning.complete(problem, replace(config, slots=slots, overlap=1), gpu)
-            if done is not None:
-                full.add(done)
+    full = completed(tuning.candidates(problem, gpu), (0, 2, 3), tuning.complete, problem, gpu)
     ranked = sorted(full, key=lambda c: (-tuning.efficiency(problem, c, gpu), c.numbers))[:limit]
     return [Entry(problem.m, DECODE, config.numbers) for config in ranked]
+
+
+def completed(
+    configs: Iterable[tuning.Config], slots: tuple[int, ...], complete: Callable,
+    problem: tuning.Problem | planes.Problem, gpu: tuning.Device,
+) -> set[tuning.Config]:  # fmt: skip
+    """``configs`` with each number of ``slots``, as far as ``complete`` finds them legal."""
+    wishes = [replace(c, slots=n, overlap=1) for c in configs for n in slots]
+    return {done for c in wishes if (done := complete(problem, c, gpu)) is not None}
 
 
 def best_of(

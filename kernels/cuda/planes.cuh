@@ -40,6 +40,7 @@ struct PlaneShape {
 template <typename Shape>
 struct RowRing {
   static constexpr uint32_t kUnits = Shape::kRecord / 16;
+  static_assert(Shape::kSlot % kLine == 0);
   uint32_t barriers, slots_at;
   const uint8_t* records;
   uint32_t next;      // to request next, in 16 bytes from the first record
@@ -48,7 +49,7 @@ struct RowRing {
   int rows;           // tiles not yet requested in full
   int slots, slot;
   uint32_t phase;
-  uint32_t first_line, at_line, line;  // as in TileRing: a row tile's first record, the next to use
+  uint32_t at_line, line;  // as in TileRing: the same for all requests, each of whole lines
   uint64_t policy;
 
   __device__ __forceinline__ RowRing(const DecodeParams& p, const WarpShare<Shape>& share,
@@ -60,7 +61,7 @@ struct RowRing {
     next = ((block.first_tile + share.first) * p.k_tiles + share.begin) * kUnits;
     to_next = row_step - share.steps * Shape::kDepth * kUnits;
     line = row_step % (kLine / 16) == 0 ? kLine - 1 : 0;
-    first_line = at_line = next * 16 & line;
+    at_line = next * 16 & line;
     policy = evict_first_policy();
   }
   __device__ __forceinline__ void request(int at) {
@@ -85,9 +86,7 @@ struct RowRing {
     __syncwarp();
     request(slot);
     if (++slot == slots) slot = 0, phase ^= 1;
-    if constexpr (Shape::kSlot % kLine != 0) at_line = (at_line + Shape::kSlot) & line;
   }
-  __device__ __forceinline__ void next_row() { at_line = first_line; }
 };
 
 // x over a block's k tiles, as planes in shared memory; the warps share the work.
@@ -188,7 +187,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
       ring.advance();
     }
-    ring.next_row();
     float y[2];
     sums.finish(y, moebius, t);
     if (t < 2)
