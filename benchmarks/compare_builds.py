@@ -20,16 +20,16 @@ import functools
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
 from bench_kernels import SHAPES
-from kernel_library import Layer, Library, device, relative_error
+from kernel_library import Layer, Library, device, in_rotation, relative_error
 
 from flute_vllm import tuning
-from flute_vllm.tools.timing import CallGraph, copies_for
+from flute_vllm.tools.timing import CallGraph
 from flute_vllm.tools.tune import decode_candidates
 
 GROUP_SIZE, ROUNDS, REPLAYS = 128, 3, 3
@@ -69,16 +69,6 @@ def launches(n: int, k: int, m: int, bits: int, gpu: tuning.Device, limit: int) 
     return [tuning.entry_of(found, m)]
 
 
-def in_rotation(library: Library, n: int, k: int, bits: int) -> list[Layer]:
-    """Copies of a layer that no cache holds; each knows the next."""
-    layer = library.random_layer(n, k, bits, GROUP_SIZE, torch.bfloat16)
-    count = copies_for(layer.records.numel() * 4)
-    copies = [layer] + [replace(layer, records=layer.records.clone()) for _ in range(count - 1)]
-    for copy, after in zip(copies, [*copies[1:], layer], strict=True):
-        copy.next, copy.next_bytes = after.records, tuning.AHEAD_BYTES
-    return copies
-
-
 def fastest(calls: list[Call]) -> Call:
     """Of launches of one library; those that it refuses or has no kernel for are passed over."""
     timed = []
@@ -100,7 +90,10 @@ def compare(libraries: dict[str, Library], arguments: argparse.Namespace) -> Ite
     layers = [(f, name) for f in arguments.families.split(",") for name in SHAPES[f]]
     for bits, (family, name) in product(map(int, arguments.bits.split(",")), layers):
         n, k = SHAPES[family][name]
-        copies = {key: in_rotation(library, n, k, bits) for key, library in libraries.items()}
+        copies = {
+            key: in_rotation(library.random_layer(n, k, bits, GROUP_SIZE, torch.bfloat16))
+            for key, library in libraries.items()
+        }
         dense = next(iter(copies.values()))[0].dense()
         for m in map(int, arguments.ms.split(",")):
             x = torch.randn(m, k, device="cuda").bfloat16()

@@ -14,6 +14,7 @@ from c_api import MAX_PARTS, Ahead, DecodeConfig, Matrix, Sm90Config, TileConfig
 
 from flute_vllm import format as flute_format
 from flute_vllm import tuning
+from flute_vllm.tools.timing import copies_for
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as in launch.h
 
@@ -53,6 +54,15 @@ class Layer:
         return torch.cat(
             [flute_format.dequantize(q, s, t, self.matrix.bits, dtype) for q, s, t in parts]
         )
+
+
+def in_rotation(layer: Layer) -> list[Layer]:
+    """Copies of a layer that no cache holds; each asks for some of the next, as the plugin does."""
+    count = copies_for(layer.records.numel() * 4)
+    copies = [layer] + [replace(layer, records=layer.records.clone()) for _ in range(count - 1)]
+    for copy, after in zip(copies, [*copies[1:], layer], strict=True):
+        copy.next, copy.next_bytes = after.records, tuning.AHEAD_BYTES
+    return copies
 
 
 class Library:

@@ -27,9 +27,10 @@ struct Sm90Shape {
   static constexpr int kBoxBytes = Columns_ * kSwizzleRowBytes;  // x of 64 columns
   static constexpr int kXBoxes = 2;                              // of a stage
   static constexpr int kXStage = kXBoxes * kBoxBytes;
-  // With few columns and one group, sums of a k tile take fewer multiplications than its weights,
-  // but registers for its own sums.
-  static constexpr bool kScaleSums = Columns_ <= 32 && Groups_ == 1;
+  // With few columns, the sums of a group take fewer multiplications than its weights, but
+  // registers of their own. A group is a k tile or, with 16 columns, may be half of one.
+  static constexpr bool kScaleHalves = Columns_ == 16 && Groups_ == 2;
+  static constexpr bool kScaleSums = (Columns_ <= 32 && Groups_ == 1) || kScaleHalves;
 };
 
 #if FLUTE_HAS_WGMMA
@@ -102,9 +103,11 @@ struct Products {
   static constexpr int kCount = Shape::kColumns / 2, kBuffers = Shape::kBuffers;
   using T = typename Shape::T;
   float sums[kCount];
-  // Of the tile in hand and, with two buffers, the one before.
+  // Of the group in hand and, with two buffers, the one before: number Unit of a tile's, or of
+  // half a tile's the half, modulo the buffers. Their scales, as below: of whole tiles one at a
+  // time.
   float part[kBuffers][Shape::kScaleSums ? kCount : 1];
-  uint32_t scale;                 // of the tile that fold() adds next, as below
+  uint32_t scale[kBuffers];
   uint32_t a[kBuffers][4][4];     // the decoded weights of half a tile each
   Codes<Shape::kBits> codes;      // of the next tile
   uint32_t word[Shape::kGroups];  // its scales: rows g (low half) and g + 8 of each group
@@ -123,14 +126,13 @@ struct Products {
     codes.load(record, lane);
   }
 
-  // sums += scale * part, of tile `Unit`
-  template <int Unit>
-  __device__ __forceinline__ void fold() {
-    constexpr int kPart = Unit % kBuffers;
-    const float2 of_rows = widen<T>(scale);
-    pin(part[kPart]);
+  // sums += scale * part, of a group
+  __device__ __forceinline__ void fold(float (&of_group)[Shape::kScaleSums ? kCount : 1],
+                                       uint32_t scales) {
+    const float2 of_rows = widen<T>(scales);
+    pin(of_group);
 #pragma unroll
-    for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? of_rows.y : of_rows.x) * part[kPart][i];
+    for (int i = 0; i < kCount; i++) sums[i] += (i & 2 ? of_rows.y : of_rows.x) * of_group[i];
   }
 
   // k tile `Unit` of a step. Its codes are loaded; `decoded` runs
@@ -144,10 +146,14 @@ struct Products {
       const int buffer = half % kBuffers;
       wgmma_wait<kBuffers - 1>();  // the products that use this buffer are done,
       const bool previous_over = half == kBuffers - 1;  // now or before all those of the last tile
-      if constexpr (Shape::kScaleSums) {
+      if constexpr (Shape::kScaleHalves) {
+        const bool used = half >= kBuffers || Previous >= 0;
+        if (used) fold(part[buffer], scale[buffer]);
+        scale[buffer] = word[half];
+      } else if constexpr (Shape::kScaleSums) {
         if (previous_over) {
-          if constexpr (Previous >= 0) fold<Previous>();
-          scale = word[0];
+          if constexpr (Previous >= 0) fold(part[Previous % kBuffers], scale[0]);
+          scale[0] = word[0];
         }
       }
       if (previous_over) previous_done();
@@ -157,7 +163,9 @@ struct Products {
       if constexpr (!Shape::kScaleSums) apply_scales<T>(a[buffer], word, 4 * half);
       if (half == 1) decoded();
       const uint32_t box = x + half * (Shape::kBoxBytes >> kDescriptorShift);
-      if constexpr (Shape::kScaleSums)
+      if constexpr (Shape::kScaleHalves)
+        multiply_box<T, Shape::kColumns>(part[buffer], a[buffer], box, false);
+      else if constexpr (Shape::kScaleSums)
         multiply_box<T, Shape::kColumns>(part[Unit % kBuffers], a[buffer], box, half == 1);
       else
         multiply_box<T, Shape::kColumns>(sums, a[buffer], box, true);
@@ -169,8 +177,11 @@ struct Products {
   template <int Unit>
   __device__ __forceinline__ void settle() {
     wgmma_wait<0>();
-    if constexpr (Shape::kScaleSums) {
-      fold<Unit>();
+    if constexpr (Shape::kScaleHalves) {
+#pragma unroll
+      for (int i = 0; i < kBuffers; i++) fold(part[i], scale[i]);
+    } else if constexpr (Shape::kScaleSums) {
+      fold(part[Unit % kBuffers], scale[0]);
     } else {
       pin(sums);
     }
