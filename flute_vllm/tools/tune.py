@@ -27,7 +27,7 @@ from flute_vllm.format import LayerSpec
 from flute_vllm.tools.bench import random_tensors
 from flute_vllm.tools.layers import LinearLayer
 from flute_vllm.tools.timing import CallGraph, copies_for
-from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, planes, sm90
+from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, decode, planes, sm90
 from flute_vllm.tuning.plan import DENSE_BYTES
 
 FEW_ROWS = tuning.BUCKETS[0]  # up to here launches are not in section sm90
@@ -109,7 +109,7 @@ def planes_candidates(problem: planes.Problem, gpu: tuning.Device, limit: int) -
 def decode_candidates(problem: tuning.Problem, gpu: tuning.Device, limit: int) -> list[Entry]:
     """The same of the decode kernel."""
     full = completed(tuning.candidates(problem, gpu), (0, 2, 3), tuning.complete, problem, gpu)
-    ranked = sorted(full, key=lambda c: (-tuning.efficiency(problem, c, gpu), c.numbers))[:limit]
+    ranked = sorted(full, key=lambda c: (decode.clocks(problem, c, gpu), c.numbers))[:limit]
     return [Entry(problem.m, DECODE, config.numbers) for config in ranked]
 
 

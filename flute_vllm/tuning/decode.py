@@ -41,7 +41,6 @@ X_ROW_BYTES = 2 * TILE_K + 16
 BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
 SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
 ENVIRONMENT = "FLUTE_DECODE_CONFIG"
-MUCH_TO_DO = 400  # tiles of a multiprocessor from which two small blocks beat a large one
 
 
 class Problem(ProblemBase):
@@ -213,43 +212,33 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
         yield Config(1, row_warps, 1)
 
 
-def efficiency(problem: Problem, config: Config, device: Device) -> float:
-    """Expected share of the device that works, times what the shape of a block costs.
+def clocks(problem: Problem, config: Config, device: Device) -> float:
+    """What a launch takes by count of its work: for choosing among configs, not for predicting.
 
-    The weights are fitted to sweeps on an H200 (benchmarks/NOTES.md); all of them together matter
-    less than the three counts: blocks per wave, rows per warp, k tiles per warp.
+    The constants are fitted to launches of 18 layers with 1 and 8 rows of x, timed on an H200
+    (``results/h200/launches.json``); those of more rows are in proportion to the instructions of a
+    tile.
     """
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
-    at_once = blocks_at_once(config, device)
-    waves = math.ceil(blocks * config.splits / at_once)
-    busy = sum(problem.part_tiles) / config.row_tiles * config.splits / (waves * at_once)
-    k_each = problem.k_tiles / config.splits / config.k_warps
-    k_even = k_each / math.ceil(k_each)
-    rows_even = config.row_tiles / (config.rows_each * config.row_warps)
-    # Each warp loads x from shared memory once for its row tiles, each block from L2 for its own.
-    x_loads = {8: 0.07, 16: 0.15, 32: 0.3}[problem.width] / config.rows_each
-    x_reads = 0.03 * problem.m / config.row_tiles
-    cost = (
-        {1: 1.0, 2: 1.0, 4: 0.94}[config.splits]
-        - 0.03 * (waves - 1)
-        - 0.01 * math.log2(config.row_warps)
-    )
-    if config.warps == SMALL_WARPS:  # they pay where a multiprocessor has much to do
-        each = sum(problem.part_tiles) * problem.k_tiles / device.multiprocessors
-        cost *= 1.04 if each >= MUCH_TO_DO else 0.95
-    elif problem.width == 8:  # the fewer, the shorter the code (max_rows_each of C++'s variants)
-        cost *= 1.0 if config.rows_each <= 2 else 0.99 if config.rows_each <= 4 else 0.97
-        # One warp that brings a step's x for many row tiles is late: a tenth at M = 8, not at 1.
-        if config.row_warps == 1 and config.rows_each > 3 and problem.m > 4:
-            cost *= 0.93
-    return busy * k_even * rows_even**0.4 * max(cost, 0.1) / (1 + x_loads + x_reads)
+    waves = math.ceil(blocks * config.splits / blocks_at_once(config, device))
+    k_tiles = math.ceil(problem.k_tiles / config.splits)
+    # All tiles share a multiprocessor, and each row of warps brings x; a warp waits for its own.
+    busy = k_tiles * (12 * config.row_tiles + 29 * config.row_warps)
+    wide = {8: 1.0, 16: 1.4, 32: 2.3}[problem.width]
+    alone = 290 * wide * config.rows_each * math.ceil(k_tiles / config.k_warps)
+    ends = 770.0
+    if config.warps == SMALL_WARPS:  # two of them share a multiprocessor, and start sooner
+        busy, ends = 2.3 * busy, 530.0
+    ends += {1: 0, 2: 620, 4: 1700}.get(config.splits, 3000)
+    ends += 9 * problem.m * k_tiles + 200 * config.row_tiles * math.sqrt(problem.m)
+    return waves * (max(busy, alone) + ends)
 
 
 def heuristic(problem: Problem, device: Device) -> Config:
     legal = (complete(problem, config, device) for config in candidates(problem, device))
-    best = max(
+    best = min(
         (config for config in legal if config is not None),
-        key=lambda config: efficiency(problem, config, device),
+        key=lambda config: clocks(problem, config, device),
         default=None,
     )
     if best is None:

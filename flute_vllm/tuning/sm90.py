@@ -245,50 +245,45 @@ def _groups(columns: int, row_tiles: int) -> Iterator[tuple[int, int]]:
 def clocks(problem: Problem, config: Config, device: Device) -> float:
     """What a launch takes by count of its work: for choosing among configs, not for predicting.
 
-    The constants are estimates after a few runs, not a fit; ``flute-vllm tune`` measures instead.
+    The constants are fitted to launches of 18 layers with 16 to 2048 rows of x, timed on an H200
+    (``results/h200/launches.json``); ``flute-vllm tune`` measures instead.
     """
     if config.prefill:
         whole, left, cluster = _prefill_rounds(problem, config, device)
-        tile = problem.k_tiles * (900 + 5 * config.columns) + 3000
+        tile = problem.k_tiles * (930 + 4.3 * config.columns)
         if config.splits == SPREAD:
             blocks = _spread_blocks(problem, config, device)
             pieces = blocks / left if left and not whole else 1  # of a tile; one block adds them up
-            return (whole + left / blocks) * tile + 20000 + 2000 * max(0.0, pieces - 2)
-        return (whole + (left > 0) / cluster) * tile + 6000 + (4000 if cluster > 1 else 0)
+            return (whole + left / blocks) * tile + 27000 + 2000 * max(0.0, pieces - 2)
+        return (whole + (left > 0) / cluster) * tile + 4800 + (3900 if cluster > 1 else 0)
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
     tiles64 = math.ceil(config.row_tiles / 4)  # of 64 rows
     rounds = math.ceil(tiles64 / config.row_groups)
-    tile, alone, ends = _warpgroup_clocks(config)
+    tile, alone = _warpgroup_clocks(config)
     busy = tiles64 * config.k_groups * k_each * tile
     alone *= rounds * k_each
     # A pair of blocks sends its sums; of larger clusters the GPU runs too few at once to use all
     # multiprocessors.
-    ends += (700 if config.splits == 2 else 1500 * math.log2(config.splits)) + 300 * config.k_groups
-    stored = problem.n * problem.k_tiles * problem.record_bytes / 16
-    memory = stored / 2400
-    return max(waves * (max(busy, alone) + ends), memory)
+    ends = 3900 + 3.6 * config.columns
+    ends += 1900 if config.splits == 2 else 2400 * math.log2(config.splits)
+    return waves * (max(busy, alone) + ends)
 
 
-def _warpgroup_clocks(config: Config) -> tuple[int, int, int]:
-    """Of a 64 x 128 tile where all warpgroups are busy; of a warpgroup's, where few are; of start
-    and end.
+def _warpgroup_clocks(config: Config) -> tuple[float, float]:
+    """Of a 64 x 128 tile where all warpgroups are busy; of a warpgroup's, where few are.
 
-    What tells four from eight are estimates, from M = 16 and 32 of twelve layers timed in two runs
-    (results/h200/kernels.json at 9c3138a and eafafd3). Busy, eight gain a little, but nothing where
-    all of them split k, each with x of its own. With four of the eight busy a launch took longer
-    than with only four, which overlap the halves of a tile.
+    Eight gain a little where they are busy, but nothing where all of them split k, each with x of
+    its own. With four of the eight busy a launch took longer than with only four, which overlap the
+    halves of a tile.
     """
-    tile, alone = 240 + 4 * config.columns, 700 + 4 * config.columns
-    ends = 4500 + 12 * config.columns
-    if config.warpgroups == 4 or config.row_groups == 1:
-        tile = max(tile, 325)  # with fewer columns four wait for one another
-    else:
-        tile = 230 + 3 * config.columns
+    tile, alone = 250 + 3.4 * config.columns, 710 + 6.4 * config.columns
     if config.warpgroups == 8:
-        alone, ends = 1180 + 11 * config.columns, ends + 1000
-    return tile, alone, ends
+        alone = 1200 + 11 * config.columns
+        if config.row_groups > 1:
+            tile = 220 + 4.1 * config.columns
+    return tile, alone
 
 
 def select(problem: Problem, device: Device) -> Config:
