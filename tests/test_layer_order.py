@@ -105,10 +105,11 @@ def test_a_model_of_many_layers_compiles():
     config = native_config()
     layers = [column_layer(config, f"{LAYER}.mlp.up_proj{i}") for i in range(320)]
     matrix = random_matrix(8, 64, LayerSpec(4, 32), seed=0)
+    plan = tuning.plan(8, 64, 4, 32, (8,), tuning.H200)
     for layer in layers:
         load(layer, matrix)
         finish(layer)
-        layer.flute_plan = tuning.plan(8, 64, 4, 32, (8,), tuning.H200)
+        layer.flute_plan = list(plan)  # a list of its own, as in a model
         config.order.append(layer)
     model = torch.nn.ModuleList(layers)
 

@@ -6,8 +6,10 @@ waits for all of them.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -251,22 +253,36 @@ def test_contradicting_quantization_flag_is_refused(single):
     assert "does not match" in single["other flag"]["error"]
 
 
+@pytest.fixture(scope="module")
+def ranks_results(models) -> Callable[[int], dict[str, dict]]:
+    """Results of the jobs at a number of ranks; those of one number share a process."""
+
+    @functools.cache
+    def results(ranks: int) -> dict[str, dict]:
+        engine = {"tensor_parallel_size": ranks}
+        zoo = {"quantization": "flute", **engine}
+        jobs = {
+            "llama": job(models, "llama", engine=engine),
+            "zoo file": {"model": str(ZOO), "prompts": PROMPTS, "engine": zoo},
+        }
+        if ranks == 2:
+            jobs["zoo_w4_tables"] = job(models, "zoo_w4_tables", engine=engine)
+        found = run_jobs(list(jobs.values()), tensor_parallel_environment(ranks))
+        return dict(zip(jobs, found, strict=True))
+
+    return results
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_tensor_parallel_answers_equal_one_rank(single, models, ranks):
-    engine = {"tensor_parallel_size": ranks}
-    jobs = [
-        job(models, "llama", engine=engine),
-        {"model": str(ZOO), "prompts": PROMPTS, "engine": {"quantization": "flute", **engine}},
-    ]
-    results = run_jobs(jobs, tensor_parallel_environment(ranks))
-    for result, reference in zip(results, ("llama", "zoo file"), strict=True):
-        assert_equal_answers(outputs(result), outputs(single[reference]), tolerance=1e-4)
+def test_tensor_parallel_answers_equal_one_rank(single, ranks_results, ranks):
+    for name in ("llama", "zoo file"):
+        answers = outputs(ranks_results(ranks)[name])
+        assert_equal_answers(answers, outputs(single[name]), tolerance=1e-4)
 
 
-def test_zoo_with_different_tables_on_two_ranks(single, models):
-    two = job(models, "zoo_w4_tables", engine={"tensor_parallel_size": 2})
-    (result,) = run_jobs([two], tensor_parallel_environment(2))
-    assert_equal_answers(outputs(result), outputs(single["zoo_w4_tables"]), tolerance=1e-4)
+def test_zoo_with_different_tables_on_two_ranks(single, ranks_results):
+    answers = outputs(ranks_results(2)["zoo_w4_tables"])
+    assert_equal_answers(answers, outputs(single["zoo_w4_tables"]), tolerance=1e-4)
 
 
 def test_compiled_pipeline_of_two_stages(single, models):
