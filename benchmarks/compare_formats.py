@@ -35,6 +35,10 @@ FORMATS = (
     "4:128:heuristic,3:128:heuristic,2:128:heuristic"
 )
 UNKNOWN = "unknown"  # no file in configs/tuning/
+FORMAT_WORDS = {
+    "pair": "tables of pairs", "fp16": "float16", "heuristic": "the heuristic's launches",
+}  # fmt: skip
+TABLE_FAMILIES, TABLE_ROWS = ("8b", "70b"), (1, 8, 32, 128)
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,24 @@ def report(rows: list[dict]) -> Iterator[str]:
             f"M={m:<5}{form:18} {statistics.median(ratios.values()):.3f} of {base}: "
             f"{ratios[least]:.3f} ({least}) to {ratios[most]:.3f} ({most})"
         )
+
+
+def table(rows: list[dict], ms: tuple[int, ...] = TABLE_ROWS) -> list[str]:
+    """For the README: the sum of a decoder block's linear layers in each format."""
+    blocks: dict[tuple[str, int], list[dict]] = {}
+    for row in rows:
+        if row["family"] in TABLE_FAMILIES and row["m"] in ms:
+            blocks.setdefault((row["family"], row["m"]), []).append(row["us"])
+    columns = [(family, m) for family in TABLE_FAMILIES for m in ms]
+    names = {family: f"{family.upper()}, M=" for family in TABLE_FAMILIES}
+    head = [f"{names[family]}{m}" for family, m in columns]
+    lines = [f"| bits, group_size | {' | '.join(head)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in blocks[columns[0]][0]:
+        sums = [sum(us[name] for us in blocks[column]) for column in columns]
+        words = name.split(":")
+        label = ", ".join([*words[:2], *(FORMAT_WORDS[word] for word in words[2:])])
+        lines.append(f"| {label} | {' | '.join(f'{us:.1f}' for us in sums)} |")
+    return lines
 
 
 def parse() -> argparse.Namespace:

@@ -13,6 +13,7 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare_formats  # noqa: E402
 import plot_serve  # noqa: E402
 import targets  # noqa: E402
 
@@ -45,6 +46,13 @@ def test_gpu_table_equals_the_committed_results():
     for line in table[2:]:
         layer, _, *values = [cell.strip() for cell in line.strip("|").split("|")]
         assert values == [cells[layer, m] for m in counts]
+
+
+def test_table_of_formats_equals_the_committed_results():
+    path = "benchmarks/results/h200/kernels_formats.json"
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    table = README.split(f"<!-- table: {path} -->")[1].split("\n\n")[0].strip().splitlines()
+    assert table == compare_formats.table(rows)
 
 
 def test_quality_table_equals_the_committed_results():
