@@ -217,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=420)
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--cases", type=int, default=0, help="only the first so many; 0: all")
+    parser.add_argument("--skip", type=int, default=0, help="so many cases, which ran before")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/h200/sanitizer.json")
     return parser.parse_args()
@@ -247,7 +248,7 @@ def main() -> int:
     }  # fmt: skip
     tools = arguments.tools.split(",")
     kernels = arguments.kernels.split(",")
-    wanted = [c for c in cases() if c.kind in kernels][: arguments.cases or None]
+    wanted = [c for c in cases() if c.kind in kernels][arguments.skip : arguments.cases or None]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for done, summaries in enumerate(runner.run_all(tools, wanted), start=1):
         result["tools"] = summaries
