@@ -97,17 +97,27 @@ def compile_command(source: Path, include: Path) -> list[str]:
     return [compiler, *flags, "-c", str(source)]
 
 
+def versions(sources: list[str]) -> bytes:
+    """What else an object depends on: the compilers and torch's headers."""
+    import torch
+
+    commands = {compile_command(Path(source), Path())[0] for source in sources}
+    told = [subprocess.run([c, "--version"], capture_output=True).stdout for c in sorted(commands)]
+    return b"\0".join([torch.__version__.encode(), *told])
+
+
 class BuildKernels(build_ext):
-    """Compiles in parallel; an object is reused when command, source and headers are the same."""
+    """Compiles in parallel; an object is reused when command, source, headers, compilers and torch
+    are the same."""
 
     def build_extension(self, ext: Extension) -> None:
         include, lib = torch_paths()
         # Not build_temp, which an editable install sets to a new folder each time: the wheel after
-        # it would compile all CUDA sources again, 9 minutes on two cores.
+        # it would compile all CUDA sources again (benchmarks/results/cpu/setup.json).
         folder = OBJECTS
         folder.mkdir(parents=True, exist_ok=True)
         headers = sorted(p for ends in ("*.h", "*.cuh") for p in Path("kernels").rglob(ends))
-        common = b"".join(path.read_bytes() for path in headers)
+        common = versions(ext.sources) + b"".join(path.read_bytes() for path in headers)
 
         def compile_one(name: str) -> str:
             command = compile_command(Path(name), include)

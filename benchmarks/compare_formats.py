@@ -83,7 +83,7 @@ def compare(library: Library, arguments: argparse.Namespace, budget: Budget) -> 
     gpu = device()
     for family, name in [(f, name) for f in arguments.families for name in SHAPES[f]]:
         n, k = SHAPES[family][name]
-        stored = {} if budget.is_over() else {f.stored for f in arguments.formats}
+        stored = set() if budget.is_over() else {f.stored for f in arguments.formats}
         copies = {form: form.layers(library, n, k) for form in stored}
         for m in arguments.ms:
             row = {"family": family, "layer": name, "n": n, "k": k, "m": m}
@@ -113,7 +113,8 @@ def times(
     found: dict[Format, list[float]] = {form: [] for form in timed.values()}
     order = list(found)
     for turn in range(ROUNDS * len(order)):
-        # A round begins where no other did: what comes after heavy launches finds a slower clock.
+        # Rounds begin at different formats, as far as there are enough: what comes after heavy
+        # launches finds a slower clock.
         number, place = divmod(turn, len(order))
         form = order[(place + number * len(order) // ROUNDS) % len(order)]
         layers, cast = copies[form.stored], x.to(form.dtype)
@@ -149,7 +150,7 @@ def table(rows: list[dict], ms: tuple[int, ...] = TABLE_ROWS) -> list[str]:
     """For the README: the sum of a decoder block's linear layers in each format."""
     blocks: dict[tuple[str, int], list[dict]] = {}
     for row in rows:
-        if row["family"] in TABLE_FAMILIES and row["m"] in ms:
+        if row["family"] in TABLE_FAMILIES and row["m"] in ms and "us" in row:
             blocks.setdefault((row["family"], row["m"]), []).append(row["us"])
     columns = [(family, m) for family in TABLE_FAMILIES for m in ms]
     names = {family: f"{family.upper()}, M=" for family in TABLE_FAMILIES}
@@ -178,6 +179,9 @@ def parse() -> argparse.Namespace:
     arguments.ms = [int(m) for m in arguments.ms.split(",")]
     arguments.families = arguments.families.split(",")
     arguments.formats = [Format(name) for name in arguments.formats.split(",")]
+    words = {word for form in arguments.formats for word in form.name.split(":")[2:]}
+    if unknown := words - FORMAT_WORDS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(FORMAT_WORDS)}")
     return arguments
 
 

@@ -244,11 +244,11 @@ def main() -> int:
     result = {
         "device": gpu_name(), "version": version.stdout.strip().splitlines()[-1],
         "commit": arguments.commit or head.stdout.strip(),
-        "command": "python " + " ".join(sys.argv), "tools": {},
+        "command": "python " + " ".join(sys.argv), "skipped": arguments.skip, "tools": {},
     }  # fmt: skip
     tools = arguments.tools.split(",")
     kernels = arguments.kernels.split(",")
-    wanted = [c for c in cases() if c.kind in kernels][arguments.skip : arguments.cases or None]
+    wanted = [c for c in cases() if c.kind in kernels][arguments.skip :][: arguments.cases or None]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for done, summaries in enumerate(runner.run_all(tools, wanted), start=1):
         result["tools"] = summaries

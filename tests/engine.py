@@ -27,12 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ in ("__main__", "__mp_main__"):  # the second in the processes that vLLM spawns
-    # vLLM's import makes a million objects that stay: 15 to 17 s of CPU time beside other work,
-    # 11 s when the collector looks at them less often.
+    # vLLM's import makes objects that stay, at which the collector looks again and again
+    # (benchmarks/results/cpu/setup.json: what this and leaving at once save).
     gc.set_threshold(100_000, 20, 20)
 if __name__ == "__mp_main__":
-    # Registered first, runs last: a worker is done after vLLM's shutdown. Without it the parent
-    # waits 5 s for each engine's workers and then terminates them: they are still leaving Python.
+    # Registered before what vLLM's import registers, so it runs after that: a worker is done when
+    # vLLM has shut down. Without it the parent waits for its workers for some seconds and then
+    # terminates them, as they are still leaving Python.
     atexit.register(os._exit, 0)
 
 LIGHT_ENVIRONMENT = {

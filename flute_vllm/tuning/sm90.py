@@ -264,9 +264,9 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     tile, alone = _warpgroup_clocks(config)
     busy = tiles64 * config.k_groups * k_each * tile
     alone *= rounds * k_each
+    ends = 3900 + 3.6 * config.columns
     # A pair of blocks sends its sums; of larger clusters the GPU runs too few at once to use all
     # multiprocessors.
-    ends = 3900 + 3.6 * config.columns
     ends += 1900 if config.splits == 2 else 2400 * math.log2(config.splits)
     return waves * (max(busy, alone) + ends)
 
@@ -276,7 +276,8 @@ def _warpgroup_clocks(config: Config) -> tuple[float, float]:
 
     Eight gain a little where they are busy, but nothing where all of them split k, each with x of
     its own. With four of the eight busy a launch took longer than with only four, which overlap the
-    halves of a tile.
+    halves of a tile (M = 16 and 32 of twelve layers, results/h200/kernels.json at 9c3138a and
+    eafafd3).
     """
     tile, alone = 250 + 3.4 * config.columns, 710 + 6.4 * config.columns
     if config.warpgroups == 8:

@@ -103,9 +103,9 @@ struct Products {
   static constexpr int kCount = Shape::kColumns / 2, kBuffers = Shape::kBuffers;
   using T = typename Shape::T;
   float sums[kCount];
-  // Of the group in hand and, with two buffers, the one before: number Unit of a tile's, or of
-  // half a tile's the half, modulo the buffers. Their scales, as below: of whole tiles one at a
-  // time.
+  // Sums of the group in hand and, with two buffers, of the one before. Of whole tiles
+  // part[Unit % kBuffers] and scale[0]; of half tiles part[half % kBuffers] and the scale of the
+  // same number. Scales as below.
   float part[kBuffers][Shape::kScaleSums ? kCount : 1];
   uint32_t scale[kBuffers];
   uint32_t a[kBuffers][4][4];     // the decoded weights of half a tile each
