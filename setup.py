@@ -114,15 +114,14 @@ class BuildKernels(build_ext):
         include, lib = torch_paths()
         # Not build_temp, which an editable install sets to a new folder each time: the wheel after
         # it would compile all CUDA sources again (benchmarks/results/cpu/setup.json).
-        folder = OBJECTS
-        folder.mkdir(parents=True, exist_ok=True)
+        OBJECTS.mkdir(parents=True, exist_ok=True)
         headers = sorted(p for ends in ("*.h", "*.cuh") for p in Path("kernels").rglob(ends))
         common = versions(ext.sources) + b"".join(path.read_bytes() for path in headers)
 
         def compile_one(name: str) -> str:
             command = compile_command(Path(name), include)
             key = "\0".join(command).encode() + common + Path(name).read_bytes()
-            target = folder / f"{Path(name).stem}-{hashlib.sha256(key).hexdigest()[:16]}.o"
+            target = OBJECTS / f"{Path(name).stem}-{hashlib.sha256(key).hexdigest()[:16]}.o"
             if not target.exists():
                 print(f"flute: compiling {name}", file=sys.stderr)
                 partial = target.with_suffix(f".{os.getpid()}.tmp.o")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import targets
 import torch
-from kernel_library import Layer, Library, device
+from kernel_library import Layer, Library, device, in_rotation
 
 from flute_vllm import tuning
 from flute_vllm.tools import peers as peer_library
@@ -126,8 +126,7 @@ def prepare(
     n, k = SHAPES[family][name]
     layer = library.random_layer(n, k, bits, group, dtype, pair=pair)
     exact, dense = layer.dense(torch.float32), layer.dense()
-    count = copies_for(layer.records.numel() * 4)
-    copies = [layer] + [replace(layer, records=layer.records.clone()) for _ in range(count - 1)]
+    copies = in_rotation(layer)
     functions, reasons = {}, {}
     for peer_name, peer in others.items():
         reason = peer.refusal(n, k, bits, group)
@@ -170,8 +169,8 @@ def time_ours(ours: Ours, case: Case, x: torch.Tensor, y: torch.Tensor, floor: f
     m = x.shape[0]
 
     def timed(entry: tuning.Entry, overlap: int, ahead: int = 0) -> float:
-        for layer, after in zip(case.copies, [*case.copies[1:], case.copies[0]], strict=True):
-            layer.next, layer.next_bytes = after.records, ahead
+        for layer in case.copies:
+            layer.next_bytes = ahead
         if entry.kernel in OVERLAPPING:
             entry = replace(entry, config=(*entry.config[:-1], overlap))
         run = replace(ours, entry=entry)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import sys
 from dataclasses import astuple, replace
 
 import torch
-from bench_kernels import ROTATE_BYTES, SHAPES, graph_us
-from kernel_library import Library, device
+from bench_kernels import SHAPES
+from kernel_library import Library, device, in_rotation
 
+from flute_vllm.tools.timing import graph_us
 from flute_vllm.tuning import tile as tile_plan
 
 
@@ -61,14 +61,12 @@ def main() -> None:
     ):
         layer = library.random_layer(n, k, bits, group, torch.bfloat16)
         layer.qweight = None
-        copies = max(2, math.ceil(ROTATE_BYTES / (layer.records.numel() * 4)))
-        records = [layer.records] + [layer.records.clone() for _ in range(copies - 1)]
+        records = [copy.records for copy in in_rotation(layer)]
         dense = [library.dequantize(layer) for _ in range(2)]
         for m in map(int, arguments.ms.split(",")):
             x = torch.randn(m, k, device="cuda").bfloat16()
             y = x.new_empty(m, n)
-            calls = max(2, min(copies, 2 + int(4e13 / (2 * m * n * k))))
-            time = functools.partial(graph_us, calls=calls, replays=arguments.replays)
+            time = functools.partial(graph_us, replays=arguments.replays)
             problem = tile_plan.Problem(n, k, m, bits, group)
             timed = []
             for config in configs_to_time(problem, gpu, arguments.sweep):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from bench_kernels import SHAPES
+from compare_formats import Format
 from kernel_library import Layer, Library, device, in_rotation, relative_error
 
 from flute_vllm import tuning
@@ -65,8 +66,7 @@ def launches(n: int, k: int, m: int, bits: int, gpu: tuning.Device, limit: int) 
     """Entries to time: the table's, or ``limit`` of the decode kernel's."""
     if limit:
         return decode_candidates(tuning.Problem(n, k, m, bits, GROUP_SIZE), gpu, limit)
-    found = tuning.entries(n, k, bits, GROUP_SIZE, (n,), gpu, overlap=1, environment={})
-    return [tuning.entry_of(found, m)]
+    return [Format(f"{bits}:{GROUP_SIZE}").launch(n, k, m, gpu)]
 
 
 def fastest(calls: list[Call]) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import sys
@@ -21,6 +22,12 @@ import c_api  # noqa: E402
 import targets  # noqa: E402
 
 from flute_vllm.tools import peers, timing  # noqa: E402
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py")))
+def test_every_script_finds_what_it_imports(script):
+    """Most need a GPU to do more: a name that has moved would be found there only."""
+    importlib.import_module(script)
 
 
 def row(m: int, us: float | None, layer: str = "o", family: str = "8b", **fields) -> dict:
