@@ -63,12 +63,11 @@ class Block:
 
     library: Library
     gpu: tuning.Device
-    family: str
+    shapes: dict[str, tuple[int, int]]  # of qkv, o, gate_up and down
 
     def __post_init__(self) -> None:
-        shapes = SHAPES[self.family]
-        count = copies_for(sum(n * k // 2 for n, k in shapes.values()))
-        first = {name: self.make(name) for name in shapes}
+        count = copies_for(sum(n * k // 2 for n, k in self.shapes.values()))
+        first = {name: self.make(name) for name in self.shapes}
         self.copies = [
             {name: replace(layer, records=layer.records.clone()) for name, layer in first.items()}
             for _ in range(count)
@@ -78,11 +77,11 @@ class Block:
             layer.next, layer.next_bytes = after.records, tuning.AHEAD_BYTES
 
     def make(self, name: str) -> Layer:
-        n, k = SHAPES[self.family][name]
+        n, k = self.shapes[name]
         return self.library.random_layer(n, k, 4, 128, torch.bfloat16, parts=self.parts(name))
 
     def parts(self, name: str) -> tuple[int, ...]:
-        n = SHAPES[self.family][name][0]
+        n = self.shapes[name][0]
         return (n // 2, n // 2) if name == "gate_up" else (n,)
 
     def entries(self, m: int) -> dict[str, tuning.Entry]:
@@ -91,11 +90,15 @@ class Block:
                 tuning.entries(
                     n, k, 4, 128, self.parts(name), self.gpu, overlap=1, environment={}
                 ), m)
-            for name, (n, k) in SHAPES[self.family].items()
+            for name, (n, k) in self.shapes.items()
         }  # fmt: skip
 
-    def calls(self, m: int, norms: str, activation: str) -> list[Callable]:
-        shapes, entries = SHAPES[self.family], self.entries(m)
+    def calls(
+        self, m: int, norms: str, activation: str, *,
+        entries: dict[str, tuning.Entry] | None = None, attention: Callable = attention,
+    ) -> list[Callable]:  # fmt: skip
+        """One for each copy. ``entries`` replaces the plan's."""
+        shapes, entries = self.shapes, entries or self.entries(m)
         hidden, width = shapes["o"]
         new = functools.partial(torch.empty, device="cuda", dtype=torch.bfloat16)
         x, residual = (torch.randn(m, hidden, device="cuda").bfloat16() for _ in range(2))
@@ -137,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     library, gpu, rows = Library(arguments.library), device(), []
     for family in arguments.families.split(","):
-        block = Block(library, gpu, family)
+        block = Block(library, gpu, SHAPES[family])
         for m in map(int, arguments.ms.split(",")):
             calls = {name: block.calls(m, *kinds) for name, kinds in VARIANTS.items()}
             found = [
