@@ -349,8 +349,8 @@ def write_tuning(rows: list[dict], path: Path, device_name: str, commit: str) ->
     best = record.setdefault("decode", {})
     for row in rows:
         if row["us"] is not None and row["kernel"] == tuning.KERNEL_NAMES[tuning.DECODE]:
-            width = tuning.Problem(row["n"], row["k"], row["m"], row["bits"], 128).width
-            best[f"{row['n']},{row['k']},{width},{row['bits']}"] = row["config"]
+            problem = tuning.Problem(row["n"], row["k"], row["m"], row["bits"], 128)
+            best[problem.keys[0]] = row["config"]
     path.write_text(json.dumps(record | {"commit": commit}, indent=1) + "\n")
 
 

@@ -44,13 +44,21 @@ def test_few_rows_have_launches_of_the_decode_kernel_only():
 
 
 def test_an_entry_has_a_place_that_plans_read(tmp_path):
-    few = [tune.place_of(LAYER, m, tuning.H200) for m in (1, 8)]
-    assert few == [("decode", "4096,4096,8,4")] * 2
+    few = [tune.place_of(LAYER, m, tuning.H200) for m in (1, 2, 3, 8)]
+    assert few == [("decode", f"4096,4096,{rows},4") for rows in (2, 2, 8, 8)]
     assert tune.place_of(LAYER, 16, tuning.H200) == ("sm90", "4096,4096,16,4")
     table = json.loads((tuning.CONFIG_FOLDER / "h200.json").read_text())
     for m in (1, 8, 16, 64, 1024):
         section, key = tune.place_of(LAYER, m, tuning.H200)
         assert key in table[section]
+
+
+def test_a_launch_of_few_rows_is_timed_with_the_fewest_and_the_most_that_it_serves():
+    served = [tune.served(LAYER, m, tuning.H200) for m in (2, 8, 16, 64)]
+    assert served == [{1, 2}, {3, 8}, {16}, {64}]
+    assert tune.served(TWO_BITS, 2, tuning.H200) == {2}  # one row has a kernel of its own
+    assert tune.buckets(LAYER, (1, 4, 32), tuning.H200) == [2, 8, 32]
+    assert tune.buckets(TWO_BITS, (1, 2, 8), tuning.H200) == [1, 2, 8]
 
 
 def test_one_row_at_two_bits_has_a_place_and_launches_of_its_own():

@@ -121,3 +121,19 @@ def test_kernels_divide_exactly_by_the_tiles_of_a_block():
         inverse = -(-(1 << shift) // tiles)
         assert inverse * dividends[-1] < 1 << 32
         assert all(i * inverse >> shift == i // tiles for i in dividends)
+
+
+def test_few_rows_take_their_own_measured_launch_else_that_of_more(monkeypatch):
+    """A file without launches for two rows still serves them, and 4 bits serve the others."""
+    rows = {"4096,4096,2,4": [1, 1], "4096,4096,8,4": [2, 1], "4096,4096,8,3": [3, 1]}
+    monkeypatch.setattr(tuning.decode, "measured", lambda device, section: rows)
+
+    def chosen(m, bits=4):
+        problem = tuning.Problem(4096, 4096, m, bits, 128)
+        return tuning.select(problem, tuning.H200, environment={}).row_tiles
+
+    assert [chosen(m) for m in (1, 2, 3, 8)] == [1, 1, 2, 2]
+    assert [chosen(m, 3) for m in (1, 8)] == [3, 3]
+    assert [chosen(m, 2) for m in (1, 8)] == [1, 2]
+    del rows["4096,4096,2,4"]
+    assert [chosen(m) for m in (1, 8)] == [2, 2]

@@ -136,13 +136,12 @@ def _origin(problem: tuning.Problem, gpu: tuning.Device, config: tuning.Config) 
     if wish and chosen != replace(tuning.select(problem, gpu, environment={}), overlap=0):
         return f"{tuning.ENVIRONMENT}={wish}"
     file, entries = f"configs/tuning/{gpu.name}.json", tuning.measured(gpu.name, "decode")
-    keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
-    for key in keys:
+    for key in problem.keys:
         if key in entries:
             entry = tuning.complete(problem, tuning.Config(*entries[key]), gpu)
             if entry is not None and replace(entry, overlap=0) == chosen:
                 return f"measured: {file}, entry {key}"
-    return f"heuristic: no entry for {keys[0]} in {file}"
+    return f"heuristic: no entry for {problem.keys[0]} in {file}"
 
 
 def _choose_cpu(layer: LinearLayer, m: int) -> Choice:

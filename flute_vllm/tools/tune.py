@@ -2,10 +2,10 @@
 
 The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel
 runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Up to 8 rows
-run the decode kernel, whose section ``decode`` has one launch for all of them, and one row at 2
-bits the kernel of section ``planes``. Calls are timed as the plugin makes them. Entries found in
-the file are kept, so an interrupted run goes on where it was. The order of work and the candidates
-are fixed; times, and with them close decisions, vary by a few per cent.
+run the decode kernel, whose section ``decode`` has one launch for up to 2 and one for up to 8, and
+one row at 2 bits the kernel of section ``planes``. Calls are timed as the plugin makes them.
+Entries found in the file are kept, so an interrupted run goes on where it was. The order of work
+and the candidates are fixed; times, and with them close decisions, vary by a few per cent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, decode, planes
 from flute_vllm.tuning.plan import DENSE_BYTES
 
 FEW_ROWS = tuning.BUCKETS[0]  # up to here launches are not in section sm90
-TUNED_ROWS = (1, FEW_ROWS, *tuning.SM90_BUCKETS)  # 1: where a kernel of its own takes it
+FEW_BUCKETS = tuple(rows for rows in tuning.ROWS if rows <= FEW_ROWS)
+TUNED_ROWS = (1, *FEW_BUCKETS, *tuning.SM90_BUCKETS)  # 1: where a kernel of its own takes it
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 # So much faster must another launch be to replace the one that runs now. Of 74 entries that one run
@@ -198,9 +199,7 @@ def tune_layer(
         ]  # fmt: skip
 
     for m in rows:
-        # One launch serves all of the few rows: the mean of one row and of as many as there may be.
-        fewest = 2 if takes_one_row(layer, gpu) else 1
-        counts = {min(fewest, m), m} if m <= FEW_ROWS else {m}
+        counts = served(layer, m, gpu)
         inputs = [torch.randn(count, layer.k, device=device).to(spec.torch_scale_dtype)
                   for count in counts]  # fmt: skip
         current = current_launch(layer, m, gpu)
@@ -219,7 +218,21 @@ def tune_layer(
 def buckets(layer: LinearLayer, rows: Iterable[int], gpu: tuning.Device) -> list[int]:
     """The entries that serve ``rows``, by their largest numbers of rows."""
     alone = takes_one_row(layer, gpu)
-    return sorted({m if m == 1 and alone else max(m, FEW_ROWS) for m in rows})
+    return sorted({m if m == 1 and alone else bucket_of(m) for m in rows})
+
+
+def bucket_of(m: int) -> int:
+    """The rows that the launch for ``m`` serves at most; above the few, ``m`` itself."""
+    return next((most for most in FEW_BUCKETS if m <= most), m)
+
+
+def served(layer: LinearLayer, m: int, gpu: tuning.Device) -> set[int]:
+    """Rows to time a launch of bucket ``m`` with. One serves several of the few rows: the mean of
+    the fewest and the most counts."""
+    if m not in FEW_BUCKETS:
+        return {m}
+    first = 2 if takes_one_row(layer, gpu) else 1
+    return {max((most + 1 for most in FEW_BUCKETS if most < m), default=first), m}
 
 
 def place_of(layer: LinearLayer, m: int, gpu: tuning.Device) -> tuple[str, str]:
@@ -227,7 +240,7 @@ def place_of(layer: LinearLayer, m: int, gpu: tuning.Device) -> tuple[str, str]:
     if m == 1 and takes_one_row(layer, gpu):
         return "planes", f"{layer.n},{layer.k}"
     section = "decode" if m <= FEW_ROWS else "sm90"
-    return section, f"{layer.n},{layer.k},{max(m, FEW_ROWS)},{layer.spec.bits}"
+    return section, f"{layer.n},{layer.k},{bucket_of(m)},{layer.spec.bits}"
 
 
 def write(path: Path, found: dict) -> None:

@@ -37,6 +37,7 @@ BLOCK_WARPS = (WARPS, SMALL_WARPS)
 MAX_ROWS = 32  # of x
 MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
+ROWS = (2, *BUCKETS)  # largest M of each launch: of few rows those are best that split less
 X_ROW_BYTES = 2 * TILE_K + 16
 BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
 SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
@@ -49,6 +50,18 @@ class Problem(ProblemBase):
     @property
     def width(self) -> int:
         return next(bucket for bucket in BUCKETS if self.m <= bucket)
+
+    @property
+    def rows(self) -> int:
+        """The largest M that the launch of this one serves."""
+        return next(most for most in ROWS if self.m <= most)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of measured launches, the most fitting first. What is best depends little on the bit
+        width: those for 4 bits serve the others."""
+        found = itertools.product((self.bits, 4), (self.rows, self.width))
+        return list(dict.fromkeys(f"{self.n},{self.k},{m},{bits}" for bits, m in found))
 
     @property
     def depth(self) -> int:
@@ -297,14 +310,11 @@ def select(
                 f"flute: {ENVIRONMENT}={text} is not a legal launch for {problem}; the measured or "
                 "computed choice is used there"
             )
-    # What is best depends little on the bit width: entries for 4 bits serve the others.
     entries = measured(device.name, "decode")
-    keys = [f"{problem.n},{problem.k},{problem.width},{bits}" for bits in (problem.bits, 4)]
     if len(problem.part_tiles) == 1 or all(rows % TILE_ROWS == 0 for rows in problem.parts):
-        choices.append(entries.get(keys[0], entries.get(keys[1])))
+        choices += [entries[key] for key in problem.keys if key in entries][:1]
     for numbers in choices:
-        if numbers:
-            config = complete(problem, Config(*numbers), device)
-            if config is not None:
-                return replace(config, overlap=config.overlap or overlap)
+        config = complete(problem, Config(*numbers), device)
+        if config is not None:
+            return replace(config, overlap=config.overlap or overlap)
     return replace(heuristic(problem, device), overlap=overlap)

@@ -64,7 +64,7 @@ def entries(
         return Entry(m, DECODE, config.numbers, "few rows")
 
     if device.capability != 90:
-        found = [decoding(m) for m in decode.BUCKETS]
+        found = [decoding(m) for m in decode.ROWS]
         for m in (*tile.BUCKETS, 0):
             rows = m or tile.BUCKETS[-1] + 1
             config = tile.select(tile.Problem(n, k, rows, bits, group_size, parts), device)
@@ -85,7 +85,7 @@ def entries(
     if config is not None:
         origin = "measured" if planes.measured_config(single_row, device) else "heuristic"
         found.append(Entry(1, PLANES, config.numbers, f"one row at 2 bits: {origin}"))
-    found.append(decoding(decode.BUCKETS[0]))
+    found += [decoding(m) for m in decode.ROWS if m <= decode.BUCKETS[0]]
     table = measured(device.name, "sm90")
     simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)
     for m in SM90_BUCKETS:
