@@ -109,6 +109,13 @@ def tune_block(block: Block, m: int, cache: torch.Tensor, known: dict, limit: in
         del graphs
 
 
+def write(result: dict, path: Path) -> None:
+    """One row a line."""
+    rows = [json.dumps(row, separators=(",", ":")) for row in result["rows"]]
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
+    path.write_text(head[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -155,7 +162,7 @@ def main() -> None:
                 n, k = shapes[name]
                 row = {"model": text, "layer": name, "n": n, "k": k, "m": m}
                 result["rows"].append(row | times)
-                arguments.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+                write(result, arguments.out)
                 best, now = times["us"][0], times["now"]
                 print(f"{budget.spent():4.0f}s {text} m={m} {name}: {now} best {best}", flush=True)
         del block
