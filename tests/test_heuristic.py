@@ -55,7 +55,7 @@ def test_formats_say_what_is_stored_and_who_chooses():
 @pytest.mark.parametrize("m", [1, 8, 32])
 def test_a_heuristic_format_looks_into_no_file(m, monkeypatch):
     def launch(name: str) -> tuning.Entry:
-        return compare_formats.Format(name).launch(4096, 4096, m, tuning.H200)
+        return compare_formats.Format(name).launch(6144, 4096, m, tuning.H200)
 
     expected = launch("4:128:heuristic")
     assert launch("4:128").config != expected.config  # the file knows another
