@@ -93,21 +93,27 @@ struct RowRing {
 template <typename Shape>
 __device__ __forceinline__ void make_planes(const DecodeParams& p, uint32_t to, int first_tile,
                                             int k_tiles, int warp, int lane) {
+  using Maker = PlaneMaker<typename Shape::T>;
   constexpr int kAtOnce = 2;  // k tiles that a warp has under way
-  const int column = Planes<Shape::kBits>::column(0, lane & ~1);
-#pragma unroll 1
-  for (int first = warp; first < k_tiles; first += kAtOnce * Shape::kWarps) {
-    uint4 x[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
-      const int tile = first + i * Shape::kWarps, k = (first_tile + tile) * kTileK + column;
-      x[i] = make_uint4(0, 0, 0, 0);
-      if (tile < k_tiles && k < p.k) x[i] = load_global4(static_cast<const uint8_t*>(p.x) + 2 * k);
-    }
+  typename Maker::Columns x[kAtOnce];
+  auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++) {
       const int tile = first + i * Shape::kWarps;
-      if (tile < k_tiles) PlaneX::make<typename Shape::T>(to + tile * PlaneX::kBytes, x[i], lane);
+      const int k = (first_tile + tile) * kTileK + Maker::column(lane);
+      x[i] = {};
+      if (tile < k_tiles && k < p.k) x[i] = Maker::load(static_cast<const uint8_t*>(p.x) + 2 * k);
+    }
+  };
+  load(warp);
+  const Maker maker(lane);  // while x is on its way
+#pragma unroll 1
+  for (int first = warp; first < k_tiles; first += kAtOnce * Shape::kWarps) {
+    if (first != warp) load(first);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const int tile = first + i * Shape::kWarps;
+      if (tile < k_tiles) maker.make(to + tile * PlaneX::kBytes, x[i]);
     }
   }
 }

@@ -115,82 +115,101 @@ struct PlaneX {
     plane[0] = planes.x, plane[1] = planes.y;
     unit = second_unit, sum = second_sum;
   }
+};
 
-  // A warp makes a row. Lane n has 8 columns of x, from Planes<Bits>::column(0, n & ~1): it takes
-  // bit n of all planes from every other one of them.
-  template <typename T>
-  static __device__ __forceinline__ void make(uint32_t at, uint4 x, int lane) {
-    const uint32_t selector = lane & 1 ? 0x3232 : 0x1010;  // this lane's half of each word, twice
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-    float own[4];
-    uint32_t top = 0;
+// Makes rows of x into planes, a warp together. Of the five bits of a plane's column that lanes
+// with t hold, lane 4 * i + t, i = 4 * pair_1 + 2 * pair_0 + e, has the columns with these three,
+// for both values of the others; and in the end planes i and i + 8.
+template <typename T>
+class PlaneMaker {
+ public:
+  __device__ __forceinline__ explicit PlaneMaker(int lane_) : lane(lane_) {
+    const int i = lane / 4;
+    half = i & 1 ? kUpperHalf<T> : kLowerHalf<T>;
+    first = (i / 2 * 4 + lane % 4) * 8 + i % 2 * 4;
+    last = i == kXBits / 2 - 1 ? 0 : ~0u;
+    uint32_t mask = 0x0f0f0f0f;
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      const uint32_t both = permute_bytes(words[t], words[t], selector);
-      top = max(top, both & 0x7fff), own[t] = widen<T>(both).x;
+    for (int bit = 0, distance = 4; bit < 3; bit++, distance /= 2, mask ^= mask << distance) {
+      const bool upper = i & distance;
+      turn[bit] = upper ? 32 - distance : distance, keep[bit] = upper ? ~mask : mask;
+      computed_once(turn[bit], lane), computed_once(keep[bit], lane);
     }
-    const int exponent = __float_as_uint(widen<T>(largest_of_lanes(top)).x) >> 23;
+    computed_once(half, lane), computed_once(first, lane), computed_once(last, lane);
+  }
+
+  // What a lane has of a row's columns: a word of two for each value of the upper bits, the first
+  // of them from column().
+  struct Columns {
+    uint32_t word[4];
+  };
+  static __device__ __forceinline__ int column(int lane) {
+    return 32 * (lane / 8) + 2 * (lane % 4);
+  }
+  static __device__ __forceinline__ Columns load(const void* x) {
+    const uint8_t* at = static_cast<const uint8_t*>(x);
+    return {load_global(at), load_global(at + 16), load_global(at + 32), load_global(at + 48)};
+  }
+
+  __device__ __forceinline__ void make(uint32_t at, const Columns& x) const {
+    float own[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) own[n] = widen_half<T>(x.word[n], half);
+    float largest = fabsf(own[0]), size = fabsf(own[0]);
+#pragma unroll
+    for (int n = 1; n < 4; n++) largest = larger_size(largest, own[n]), size += fabsf(own[n]);
+    const int exponent = largest_of_lanes(__float_as_uint(largest)) >> 23;
     const int scaled = max(exponent, 32);
     const float scale = power_of_two(267 - scaled);
+    float whole[4];
+    float4 numbers = make_float4(power_of_two(scaled - 13), 0, 0, 0);
+    numbers.y = make_number(at, own, scale, whole);
+    const uint32_t sizes = sum_of_lanes(__float_as_uint(fmaf(size, scale, kMagic)));
+    if (sizes - 32 * kMagicBits < kTileK * PlaneX::kSmallMean<T>) {
+      float rest[4];  // at most half a unit
+      bool missing = false;
 #pragma unroll
-    for (int t = 0; t < 4; t++) own[t] *= scale;
-    const int size = make_number(at, at + 2 * kNumber + 4, own, lane);
-    // What is missing, at most half a unit, in units of 2^-14.
-    bool missing = false;
-#pragma unroll
-    for (int t = 0; t < 4; t++) missing |= own[t] != 0;
-    float second = 0;
-    if (size < kTileK * kSmallMean<T> && any_lane(missing)) {
-      make_number(at + kNumber, at + 2 * kNumber + 12, own, lane);
-      second = power_of_two(scaled - 27);
+      for (int n = 0; n < 4; n++)
+        rest[n] = fmaf(own[n], scale, kMagic - whole[n]), missing |= rest[n] != 0;
+      if (any_lane(missing)) {
+        numbers.z = power_of_two(scaled - 27);
+        numbers.w = make_number(at + PlaneX::kNumber, rest, 0x1p14f, whole);
+      }
     }
     // What is no number makes the sum none.
-    const float unit = exponent == 255 ? __uint_as_float(0x7fc00000u) : power_of_two(scaled - 13);
-    if (lane == 0) {
-      store_shared_float(at + 2 * kNumber, unit);
-      store_shared_float(at + 2 * kNumber + 8, second);
-    }
+    if (exponent == 255) numbers.x = __uint_as_float(0x7fc00000u);
+    if (lane == 0) store_shared_float4(at + 2 * PlaneX::kNumber, numbers);
   }
 
  private:
-  // Planes of v, rounded, and its sum; v becomes what is missing, times 2^14. Returns the sum of
-  // sizes.
-  static __device__ __forceinline__ int make_number(uint32_t at, uint32_t sum_at, float (&v)[4],
-                                                    int lane) {
-    uint32_t q[4];
-    int sum = 0, size = 0;
+  // An integer stands in the low bits of its sum with 1.5 * 2^23, which is taken off sums of them.
+  static constexpr float kMagic = 12582912.f;
+  static constexpr uint32_t kMagicBits = 0x4b400000;
+  int lane;
+  uint32_t half;              // of a word, this lane's
+  uint32_t first, last;       // where plane i goes; the bits of plane i + 8, the last one empty
+  uint32_t turn[3], keep[3];  // another lane's bits to their place, and which of its own stay
+
+  // Planes of v * scale, rounded; returns its sum over all lanes. `whole`: the numbers plus kMagic.
+  __device__ __forceinline__ float make_number(uint32_t at, const float (&v)[4], float scale,
+                                               float (&whole)[4]) const {
+    uint32_t q[4], sum = 0;
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: an integer stands in the low bits
-      const float whole = v[t] + kMagic;
-      q[t] = __float_as_uint(whole);
-      v[t] = 0x1p14f * (v[t] - (whole - kMagic));
-      const int number = static_cast<int>(q[t]) - 0x4b400000;
-      sum += number, size += abs(number);
-    }
-    sum = sum_of_lanes(sum);
-    if (lane == 0) store_shared_float(sum_at, static_cast<float>(sum));
-#pragma unroll
-    for (int pair = 0; pair < 2; pair++) {
-      // Lane l: bit l of the words of all lanes, which is plane l % 16 of t = 2 * pair + l / 16.
-      const uint32_t bits =
-          transpose_bits(permute_bytes(q[2 * pair], q[2 * pair + 1], 0x5410), lane);
-      const int j = lane % kXBits, t = 2 * pair + lane / kXBits;
-      store_shared(at + (j / 2 * 4 + t) * 8 + j % 2 * 4, j == kXBits - 1 ? 0 : bits);
-    }
-    return sum_of_lanes(size);
+    for (int n = 0; n < 4; n++)
+      whole[n] = fmaf(v[n], scale, kMagic), q[n] = __float_as_uint(whole[n]), sum += q[n];
+    // Bytes of all four: bits 0 to 7, bits 8 to 15. Then bits of eight lanes, for a bit of each.
+    const uint32_t even = permute_bytes(q[0], q[1], 0x5140),
+                   odd = permute_bytes(q[2], q[3], 0x5140);
+    store_shared(at + first, transpose(permute_bytes(even, odd, 0x5410)));
+    store_shared(at + first + 128, transpose(permute_bytes(even, odd, 0x7632)) & last);
+    const uint32_t all = sum_of_lanes(static_cast<int>(sum));
+    return static_cast<float>(static_cast<int>(all - 4 * 32 * kMagicBits));
   }
-  // Bit i of lane l's word becomes bit l of lane i's.
-  static __device__ __forceinline__ uint32_t transpose_bits(uint32_t word, int lane) {
+  // Bit j of each byte of lane 4 * i + t becomes bit i of lane 4 * j + t's.
+  __device__ __forceinline__ uint32_t transpose(uint32_t word) const {
 #pragma unroll
-    for (int distance = 16, mask = 0x0000ffff; distance > 0;
-         distance /= 2, mask ^= mask << distance) {
-      // The half of the bits that stays is the lower one in lanes with a 0 there.
-      const bool upper = lane & distance;
-      const uint32_t other = lane_across(word, distance);
-      const uint32_t moved = rotate_left(other, upper ? 32 - distance : distance);
-      word = select_bits(word, moved, upper ? ~static_cast<uint32_t>(mask) : mask);
-    }
+    for (int bit = 0, distance = 16; bit < 3; bit++, distance /= 2)
+      word = select_bits(word, rotate_left(lane_across(word, distance), turn[bit]), keep[bit]);
     return word;
   }
 };

@@ -68,9 +68,8 @@ bool agrees(int kind) {
     const float top = t == 3 ? -4 : 4;
     Moebius<S::kBits> moebius;
     moebius.template load<T>(table);
-    uint4 own;
-    memcpy(&own, x + Planes<S::kBits>::column(0, lane & ~1), sizeof(own));
-    PlaneX::make<T>(kXAt, own, lane);
+    const PlaneMaker<T> maker(lane);
+    maker.make(kXAt, maker.load(x + maker.column(lane)));
     warp_barrier();
     PlaneX of_x;
     of_x.load(kXAt, lane);

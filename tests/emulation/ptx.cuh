@@ -68,6 +68,9 @@ inline float4 load_shared_float4(uint32_t address) {
 inline void store_shared_float(uint32_t address, float v) {
   store_shared_as(address, v);
 }
+inline void store_shared_float4(uint32_t address, float4 v) {
+  store_shared_as(address, v);
+}
 inline void store_shared(uint32_t address, uint32_t v) {
   store_shared_as(address, v);
 }
@@ -104,6 +107,24 @@ float2 widen(uint32_t word) {
   T two[2];
   memcpy(two, &word, 4);
   return make_float2(static_cast<float>(two[0]), static_cast<float>(two[1]));
+}
+template <typename T>
+constexpr uint32_t kLowerHalf = 0;
+template <typename T>
+constexpr uint32_t kUpperHalf = 1;
+template <typename T>
+float widen_half(uint32_t word, uint32_t half) {
+  const float2 both = widen<T>(word);
+  return half ? both.y : both.x;
+}
+inline uint32_t load_global(const void* from) {
+  uint32_t word;
+  memcpy(&word, from, sizeof(word));
+  return word;
+}
+inline void computed_once(uint32_t&, int) {}
+inline float larger_size(float a, float b) {
+  return a != a || b != b ? NAN : fmaxf(fabsf(a), fabsf(b));
 }
 template <typename T>
 T narrow(float value) {
