@@ -67,17 +67,13 @@ struct Moebius {
 };
 
 // Planes of the codes of a tile: bit n of word [s][i] is the product of bits S of the code of row
-// g + 8 * i and column column(t, n).
+// g + 8 * i and a column of lanes with t: 32 * pair + 16 * odd + 8 * upper + 2 * t + e, where n is,
+// bit by bit from the highest, odd, upper, pair (two bits), e.
 template <int Bits>
 struct Planes {
   static_assert(Bits == 2);
   static constexpr int kCodes = 1 << Bits;
   uint32_t word[kCodes][2];  // [0] is not used
-
-  static __host__ __device__ constexpr int column(int t, int n) {
-    const int e = n & 1, pair = n >> 1 & 3, upper = n >> 3 & 1, odd = n >> 4;
-    return 16 * (2 * pair + odd) + 8 * upper + 2 * t + e;
-  }
 
   // A byte of a lane's words has four pairs of bits: of row g and of row g + 8 bit 0, then bit 1.
   __device__ __forceinline__ explicit Planes(const Codes<Bits>& codes) {
@@ -117,9 +113,9 @@ struct PlaneX {
   }
 };
 
-// Makes rows of x into planes, a warp together. Of the five bits of a plane's column that lanes
-// with t hold, lane 4 * i + t, i = 4 * pair_1 + 2 * pair_0 + e, has the columns with these three,
-// for both values of the others; and in the end planes i and i + 8.
+// Makes rows of x into planes, a warp together. Lane 4 * i + t, i = 2 * pair + e, has four columns
+// of the 32 of lanes with t, those of both values of odd and upper; and in the end planes i and
+// i + 8 of all 32.
 template <typename T>
 class PlaneMaker {
  public:
@@ -138,8 +134,7 @@ class PlaneMaker {
     computed_once(half, lane), computed_once(first, lane), computed_once(last, lane);
   }
 
-  // What a lane has of a row's columns: a word of two for each value of the upper bits, the first
-  // of them from column().
+  // What a lane has of a row's columns: words of two each, the first of them from column() on.
   struct Columns {
     uint32_t word[4];
   };

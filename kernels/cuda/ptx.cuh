@@ -143,7 +143,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
-// 16 bytes that the launch before may have written.
+// Four and 16 bytes that the launch before may have written.
 __device__ __forceinline__ uint32_t load_global(const void* from) {
   uint32_t r;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(from) : "memory");
