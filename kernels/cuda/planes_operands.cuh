@@ -113,6 +113,18 @@ struct PlaneX {
   }
 };
 
+// One 16-bit float of a word of two, by the selector of its bytes.
+template <typename T>
+constexpr uint32_t kLowerHalf = std::is_same_v<T, __nv_bfloat16> ? 0x1044 : 0x4410;
+template <typename T>
+constexpr uint32_t kUpperHalf = std::is_same_v<T, __nv_bfloat16> ? 0x3244 : 0x4432;
+template <typename T>
+__device__ __forceinline__ float widen_half(uint32_t word, uint32_t half) {
+  const uint32_t bits = permute_bytes(word, 0, half);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __uint_as_float(bits);
+  return widen<T>(bits).x;
+}
+
 // Makes rows of x into planes, a warp together. Lane 4 * i + t, i = 2 * pair + e, has four columns
 // of the 32 of lanes with t, those of both values of odd and upper; and in the end planes i and
 // i + 8 of all 32.

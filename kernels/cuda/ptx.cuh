@@ -5,7 +5,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 namespace flute {
 
@@ -143,19 +142,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
-// Four and 16 bytes that the launch before may have written.
+// Four bytes that the launch before may have written.
 __device__ __forceinline__ uint32_t load_global(const void* from) {
   uint32_t r;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(from) : "memory");
   return r;
-}
-__device__ __forceinline__ uint4 load_global4(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
 }
 
 // 16 bytes of global memory to shared memory, zeros where `valid` is false.
@@ -364,18 +355,6 @@ __device__ __forceinline__ float2 widen<__half>(uint32_t word) {
 template <>
 __device__ __forceinline__ float2 widen<__nv_bfloat16>(uint32_t word) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-}
-
-// One of them alone, by the selector of its bytes.
-template <typename T>
-constexpr uint32_t kLowerHalf = std::is_same_v<T, __nv_bfloat16> ? 0x1044 : 0x4410;
-template <typename T>
-constexpr uint32_t kUpperHalf = std::is_same_v<T, __nv_bfloat16> ? 0x3244 : 0x4432;
-template <typename T>
-__device__ __forceinline__ float widen_half(uint32_t word, uint32_t half) {
-  const uint32_t bits = permute_bytes(word, 0, half);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __uint_as_float(bits);
-  return widen<T>(bits).x;
 }
 
 // The larger of |a| and |b|; no number where one of them is none.

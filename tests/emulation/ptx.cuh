@@ -108,15 +108,6 @@ float2 widen(uint32_t word) {
   memcpy(two, &word, 4);
   return make_float2(static_cast<float>(two[0]), static_cast<float>(two[1]));
 }
-template <typename T>
-constexpr uint32_t kLowerHalf = 0;
-template <typename T>
-constexpr uint32_t kUpperHalf = 1;
-template <typename T>
-float widen_half(uint32_t word, uint32_t half) {
-  const float2 both = widen<T>(word);
-  return half ? both.y : both.x;
-}
 inline uint32_t load_global(const void* from) {
   uint32_t word;
   memcpy(&word, from, sizeof(word));
