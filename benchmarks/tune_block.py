@@ -99,13 +99,8 @@ def tune_block(block: Block, m: int, cache: torch.Tensor, known: dict, limit: in
         if times[fastest] < times[0] - REPLACES_US:
             best[name] = entries[fastest]
         ranked = sorted(zip(times, entries, strict=True), key=lambda pair: pair[0])
-        yield (
-            name,
-            {
-                "now": [round(times[0], 2), entries[0].kernel, *entries[0].config],
-                "us": [[round(us, 2), e.kernel, *e.config] for us, e in ranked],
-            },
-        )
+        us = [[round(us, 2), entry.kernel, *entry.config] for us, entry in ranked]
+        yield name, {"now": [round(times[0], 2), entries[0].kernel, *entries[0].config], "us": us}
         del graphs
 
 

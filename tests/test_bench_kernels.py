@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_kernels  # noqa: E402
 import c_api  # noqa: E402
 import targets  # noqa: E402
+import tune_block  # noqa: E402
 
 from flute_vllm.tools import peers, timing  # noqa: E402
 
@@ -28,6 +29,20 @@ from flute_vllm.tools import peers, timing  # noqa: E402
 def test_every_script_finds_what_it_imports(script):
     """Most need a GPU to do more: a name that has moved would be found there only."""
     importlib.import_module(script)
+
+
+def test_blocks_are_tuned_in_the_shapes_that_the_kernels_are_measured_in():
+    shapes = bench_kernels.SHAPES
+    assert tune_block.shapes_of("8b") == shapes["8b"]
+    assert tune_block.shapes_of("70b", 4) == shapes["70b_tp4"]
+    assert tune_block.shapes_of("gemma2-9b")["o"] == (3584, 16 * 256)  # head_dim of its own
+
+
+def test_a_block_file_has_one_row_a_line(tmp_path):
+    path, rows = tmp_path / "rows.json", [{"m": 1, "us": [[2.0, 1]]}, {"m": 8, "us": []}]
+    tune_block.write({"device": "H200", "rows": rows, "left_out": []}, path)
+    assert json.loads(path.read_text()) == {"device": "H200", "left_out": [], "rows": rows}
+    assert sum('"m"' in line for line in path.read_text().splitlines()) == 2
 
 
 def row(m: int, us: float | None, layer: str = "o", family: str = "8b", **fields) -> dict:
