@@ -60,12 +60,12 @@ def candidates(block: Block, name: str, m: int, known: dict, limit: int) -> list
     found += [tuning.Entry(m, kernel, tuple(c)) for _, kernel, *c in known.get((n, k, m), [])]
     found += tune.candidates(layer, m, block.gpu, limit)
     problem = (n, k, m, BITS, GROUP_SIZE, layer.parts, False)
-    unique = {}
-    for entry in found:
-        splits = entry.config[4 if entry.kernel == tuning.SM90 else 2] if entry.config else 0
-        gates = splits == 1 and len(layer.parts) > 1
-        gates = gates and tuning.can_gate(entry, problem, block.gpu)
-        unique.setdefault((entry.kernel, entry.config), replace(entry, largest_m=m, gates=gates))
+    unique = {
+        (entry.kernel, entry.config): replace(
+            entry, largest_m=m, gates=tuning.is_gated(entry, problem, block.gpu)
+        )
+        for entry in found
+    }
     return list(unique.values())
 
 
@@ -86,7 +86,7 @@ def tune_block(block: Block, m: int, cache: torch.Tensor, known: dict, limit: in
         torch.amax(cache)
         return qkv[:, :width] * 0.5
 
-    best = {name: candidates(block, name, m, {}, 1)[0] for name in block.shapes}
+    best = block.entries(m)
     for name in block.shapes:
         entries = candidates(block, name, m, known, limit)
         graphs = [
@@ -145,7 +145,8 @@ def main() -> None:
     }  # fmt: skip
     for text in arguments.models.split(","):
         model, _, ranks = text.partition(":")
-        shapes, count = shapes_of(model, int(ranks or 1)), int(ranks or 1)
+        count = int(ranks or 1)
+        shapes = shapes_of(model, count)
         block = Block(library, gpu, shapes)
         for m in map(int, arguments.ms.split(",")):
             if budget.is_over():
@@ -157,11 +158,12 @@ def main() -> None:
                 n, k = shapes[name]
                 row = {"model": text, "layer": name, "n": n, "k": k, "m": m}
                 result["rows"].append(row | times)
-                write(result, arguments.out)
+                write(result, arguments.out)  # what is measured stays, whatever comes
                 best, now = times["us"][0], times["now"]
                 print(f"{budget.spent():4.0f}s {text} m={m} {name}: {now} best {best}", flush=True)
         del block
         torch.cuda.empty_cache()
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

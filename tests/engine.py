@@ -38,12 +38,13 @@ if __name__ == "__mp_main__":
 
 
 def set_imports_aside() -> None:
-    """No collection walks what there is now again; what is made later is collected as ever.
+    """What is alive now is walked by no collection again; what is made later is, as ever.
 
-    vLLM collects several times an engine, and walking the objects of its imports took most of a
-    small engine's time. It freezes them itself, but lets go of them at an engine's end; and it
-    freezes the engine with them, hence no further freezing.
+    vLLM collects several times an engine, and walked the objects of its imports each time. It
+    freezes them itself, but lets go of them at an engine's end; and it freezes the engine with
+    them, hence no further freezing.
     """
+    COLLECT()
     FREEZE()
     gc.freeze = gc.unfreeze = lambda: None
 
@@ -52,7 +53,7 @@ FREEZE, COLLECT = gc.freeze, gc.collect
 if __name__ == "__mp_main__":
 
     def collect_first(generation: int = 2) -> int:
-        """vLLM's first collection: a worker's imports are done."""
+        """vLLM's first collection in a worker, which has one engine: its model is loaded."""
         gc.collect = COLLECT
         set_imports_aside()
         return 0
@@ -257,7 +258,9 @@ def main() -> None:
 
     results = []
     for job in json.loads(request.read_text()):
-        if len(results) < 2:  # vLLM's import, then what the first engine imported besides
+        # vLLM's import, then what the first engine imported besides; not an engine that failed,
+        # which its traceback may keep alive.
+        if not results or (len(results) == 1 and "error" not in results[0]):
             set_imports_aside()
         result = {}
         try:

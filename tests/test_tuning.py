@@ -135,5 +135,7 @@ def test_few_rows_take_their_own_measured_launch_else_that_of_more(monkeypatch):
     assert [chosen(m) for m in (1, 2, 3, 8)] == [1, 1, 2, 2]
     assert [chosen(m, 3) for m in (1, 8)] == [3, 3]
     assert [chosen(m, 2) for m in (1, 8)] == [1, 2]
+    rows["4096,4096,2,4"] = [1, 1, 3]  # no number of blocks that can split k: not legal
+    assert [chosen(m) for m in (1, 8)] == [2, 2]
     del rows["4096,4096,2,4"]
     assert [chosen(m) for m in (1, 8)] == [2, 2]

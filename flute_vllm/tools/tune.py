@@ -31,7 +31,7 @@ from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, decode, planes
 from flute_vllm.tuning.plan import DENSE_BYTES
 
 FEW_ROWS = tuning.BUCKETS[0]  # up to here launches are not in section sm90
-FEW_BUCKETS = tuple(rows for rows in tuning.ROWS if rows <= FEW_ROWS)
+FEW_BUCKETS = tuning.FEW_LAUNCH_ROWS
 TUNED_ROWS = (1, *FEW_BUCKETS, *tuning.SM90_BUCKETS)  # 1: where a kernel of its own takes it
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster

@@ -37,7 +37,8 @@ BLOCK_WARPS = (WARPS, SMALL_WARPS)
 MAX_ROWS = 32  # of x
 MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
-ROWS = (2, *BUCKETS)  # largest M of each launch: of few rows those are best that split less
+LAUNCH_ROWS = (2, *BUCKETS)  # largest M of each launch: where M is 1, others are often best
+FEW_LAUNCH_ROWS = LAUNCH_ROWS[:2]  # of those that run on Hopper whatever was measured
 X_ROW_BYTES = 2 * TILE_K + 16
 BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
 SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
@@ -52,15 +53,15 @@ class Problem(ProblemBase):
         return next(bucket for bucket in BUCKETS if self.m <= bucket)
 
     @property
-    def rows(self) -> int:
+    def most_rows(self) -> int:
         """The largest M that the launch of this one serves."""
-        return next(most for most in ROWS if self.m <= most)
+        return next(most for most in LAUNCH_ROWS if self.m <= most)
 
     @property
     def keys(self) -> list[str]:
         """Of measured launches, the most fitting first. What is best depends little on the bit
         width: those for 4 bits serve the others."""
-        found = itertools.product((self.bits, 4), (self.rows, self.width))
+        found = itertools.product((self.bits, 4), (self.most_rows, self.width))
         return list(dict.fromkeys(f"{self.n},{self.k},{m},{bits}" for bits, m in found))
 
     @property
@@ -312,7 +313,7 @@ def select(
             )
     entries = measured(device.name, "decode")
     if len(problem.part_tiles) == 1 or all(rows % TILE_ROWS == 0 for rows in problem.parts):
-        choices += [entries[key] for key in problem.keys if key in entries][:1]
+        choices += [entries[key] for key in problem.keys if key in entries]
     for numbers in choices:
         config = complete(problem, Config(*numbers), device)
         if config is not None:

@@ -66,8 +66,9 @@ def measured(
 ) -> Mapping[str, list[int]]:
     """A section of ``<device>.json``, empty where there is none.
 
-    ``decode``: "n,k,width,bits" -> row_tiles, row_warps, splits[, slots[, warps]]. ``planes``:
-    "n,k" -> the same five. ``sm90``: "n,k,M,bits" -> kernel, then the numbers of its config.
+    ``decode``: "n,k,M,bits", M one of LAUNCH_ROWS -> row_tiles, row_warps, splits[, slots[,
+    warps]]. ``planes``: "n,k" -> the same five. ``sm90``: "n,k,M,bits" -> kernel, then the numbers
+    of its config.
     """
     path = folder / f"{device_name}.json"
     return json.loads(path.read_text()).get(section, {}) if path.is_file() else {}

@@ -64,7 +64,7 @@ def entries(
         return Entry(m, DECODE, config.numbers, "few rows")
 
     if device.capability != 90:
-        found = [decoding(m) for m in decode.ROWS]
+        found = [decoding(m) for m in decode.LAUNCH_ROWS]
         for m in (*tile.BUCKETS, 0):
             rows = m or tile.BUCKETS[-1] + 1
             config = tile.select(tile.Problem(n, k, rows, bits, group_size, parts), device)
@@ -72,11 +72,8 @@ def entries(
         return found
 
     def gated(entry: Entry) -> Entry:
-        # Of a launch that splits k, clusters of four and more find no room on some of the
-        # multiprocessors: twice the time (NOTES.md).
-        splits = entry.config[4 if entry.kernel == SM90 else 2] if entry.config else 0
         problem = (n, k, entry.largest_m or SM90_BUCKETS[-1], bits, group_size, parts, pair)
-        return replace(entry, gates=splits == 1 and can_gate(entry, problem, device))
+        return replace(entry, gates=is_gated(entry, problem, device))
 
     found = []
     forced = decode.ENVIRONMENT in environment
@@ -85,7 +82,7 @@ def entries(
     if config is not None:
         origin = "measured" if planes.measured_config(single_row, device) else "heuristic"
         found.append(Entry(1, PLANES, config.numbers, f"one row at 2 bits: {origin}"))
-    found += [decoding(m) for m in decode.ROWS if m <= decode.BUCKETS[0]]
+    found += [decoding(m) for m in decode.FEW_LAUNCH_ROWS]
     table = measured(device.name, "sm90")
     simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)
     for m in SM90_BUCKETS:
@@ -112,6 +109,18 @@ def entries(
         found.append(Entry(m, SM90, (*config.numbers[:-1], config.overlap or overlap), why))
     found.append(replace(found[-1], largest_m=0))
     return [gated(entry) for entry in found]
+
+
+def is_gated(
+    entry: Entry, problem: tuple[int, int, int, int, int, tuple[int, ...], bool], device: Device
+) -> bool:
+    """Whether an entry's launch is to end with the activation; ``problem`` as in :func:`can_gate`.
+
+    Not one that splits k: clusters of four and more find no room on some of the multiprocessors,
+    twice the time (NOTES.md).
+    """
+    splits = entry.config[4 if entry.kernel == SM90 else 2] if entry.config else 0
+    return splits == 1 and can_gate(entry, problem, device)
 
 
 def can_gate(

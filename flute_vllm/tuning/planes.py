@@ -93,7 +93,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
 
 def clocks(problem: Problem, config: Config, device: Device) -> float:
     """Of a launch, as far as its shape decides. The constants are fitted to launches of 18 layers,
-    timed on an H200 (``results/h200/launches.json``)."""
+    timed on an H200 (``results/h200/launches.json``), when x took twice the instructions."""
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_tiles = math.ceil(problem.k_tiles / config.splits)

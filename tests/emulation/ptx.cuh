@@ -161,9 +161,9 @@ inline uint32_t largest_of_lanes(uint32_t value) {
 }
 inline int sum_of_lanes(int value) {
   const auto* lanes = exchange(reinterpret_cast<uint32_t*>(&value), 1);
-  int sum = 0;
-  for (int i = 0; i < 32; i++) sum += static_cast<int>(lanes[i][0]);
-  return sum;
+  uint32_t sum = 0;  // may wrap, as the instruction does
+  for (int i = 0; i < 32; i++) sum += lanes[i][0];
+  return static_cast<int>(sum);
 }
 inline bool any_lane(bool value) {
   return sum_of_lanes(value) > 0;
