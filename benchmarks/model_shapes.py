@@ -110,19 +110,29 @@ def _head(config: dict) -> int:
     return config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
 
 
+def linear_shapes(model: str, ranks: int = 1) -> dict[str, tuple[int, int]]:
+    """(out, in) features of a decoder block's fused linear layers on one of ``ranks`` GPUs."""
+    config = MODELS[model]
+    hidden, inner = config["hidden_size"], config["intermediate_size"] // ranks
+    queries = config["num_attention_heads"] * _head(config) // ranks
+    keys = max(1, config["num_key_value_heads"] // ranks) * _head(config)
+    return {
+        "qkv": (queries + 2 * keys, hidden), "o": (hidden, queries),
+        "gate_up": (2 * inner, hidden), "down": (hidden, inner),
+    }  # fmt: skip
+
+
 def weight_bytes(model: str, method: Method) -> int:
     """Of all weights, heads and embeddings in 16 bits, linear layers as the method stores them."""
     config = MODELS[model]
-    hidden, queries = config["hidden_size"], config["num_attention_heads"]
-    attention = (2 * queries + 2 * config["num_key_value_heads"]) * _head(config) * hidden
-    block = attention + 3 * hidden * config["intermediate_size"]
+    block = sum(n * k for n, k in linear_shapes(model).values())
     bits = 16.0
     if method.quantization is not None:
         groups = method.quantization.get("config_groups", {}).get("group_0", {})
         stored = groups.get("weights", method.quantization)
         bits = stored.get("bits", stored.get("num_bits")) + 16 / stored["group_size"]
     heads = 1 if config["tie_word_embeddings"] else 2
-    outside = heads * config["vocab_size"] * hidden * 2
+    outside = heads * config["vocab_size"] * config["hidden_size"] * 2
     return int(config["num_hidden_layers"] * block * bits / 8) + outside
 
 

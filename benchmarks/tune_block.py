@@ -24,7 +24,7 @@ import torch
 from bench_block import Block
 from bench_kernels import head_commit
 from kernel_library import Library, device
-from model_shapes import MODELS, cache_bytes
+from model_shapes import MODELS, cache_bytes, linear_shapes
 
 from flute_vllm import tuning
 from flute_vllm.format import LayerSpec
@@ -36,20 +36,6 @@ BITS, GROUP_SIZE = 4, 128
 TURN_MS = 16.0  # of one candidate without a pause
 ROUNDS = 6  # of turns; the first does not count
 REPLACES_US = 0.15  # so much faster must a block be with another launch
-
-
-def shapes_of(model: str, ranks: int = 1) -> dict[str, tuple[int, int]]:
-    """(out, in) features of the fused layers on one of ``ranks`` GPUs."""
-    config = MODELS[model]
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim", hidden // heads)
-    queries = heads * head // ranks
-    keys = max(1, config["num_key_value_heads"] // ranks) * head
-    inner = config["intermediate_size"] // ranks
-    return {
-        "qkv": (queries + 2 * keys, hidden), "o": (hidden, queries),
-        "gate_up": (2 * inner, hidden), "down": (hidden, inner),
-    }  # fmt: skip
 
 
 def candidates(block: Block, name: str, m: int, known: dict, limit: int) -> list[tuning.Entry]:
@@ -146,7 +132,7 @@ def main() -> None:
     for text in arguments.models.split(","):
         model, _, ranks = text.partition(":")
         count = int(ranks or 1)
-        shapes = shapes_of(model, count)
+        shapes = linear_shapes(model, count)
         block = Block(library, gpu, shapes)
         for m in map(int, arguments.ms.split(",")):
             if budget.is_over():

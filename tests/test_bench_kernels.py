@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_kernels  # noqa: E402
 import c_api  # noqa: E402
+import model_shapes  # noqa: E402
 import targets  # noqa: E402
 import tune_block  # noqa: E402
 
@@ -33,9 +34,9 @@ def test_every_script_finds_what_it_imports(script):
 
 def test_blocks_are_tuned_in_the_shapes_that_the_kernels_are_measured_in():
     shapes = bench_kernels.SHAPES
-    assert tune_block.shapes_of("8b") == shapes["8b"]
-    assert tune_block.shapes_of("70b", 4) == shapes["70b_tp4"]
-    assert tune_block.shapes_of("gemma2-9b")["o"] == (3584, 16 * 256)  # head_dim of its own
+    assert model_shapes.linear_shapes("8b") == shapes["8b"]
+    assert model_shapes.linear_shapes("70b", 4) == shapes["70b_tp4"]
+    assert model_shapes.linear_shapes("gemma2-9b")["o"] == (3584, 16 * 256)  # head_dim of its own
 
 
 def test_a_block_file_has_one_row_a_line(tmp_path):

@@ -31,8 +31,8 @@ from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, decode, planes
 from flute_vllm.tuning.plan import DENSE_BYTES
 
 FEW_ROWS = tuning.BUCKETS[0]  # up to here launches are not in section sm90
-FEW_BUCKETS = tuning.FEW_LAUNCH_ROWS
-TUNED_ROWS = (1, *FEW_BUCKETS, *tuning.SM90_BUCKETS)  # 1: where a kernel of its own takes it
+# 1: where a kernel of its own takes it
+TUNED_ROWS = (1, *tuning.FEW_LAUNCH_ROWS, *tuning.SM90_BUCKETS)
 DENSE_ROWS = 256  # from here on decoding the whole weight for torch's GEMM may win
 DECODE_WINS = 0.97  # the decode kernel is taken for 9 to 32 rows only where clearly faster
 # So much faster must another launch be to replace the one that runs now. Of 74 entries that one run
@@ -223,16 +223,16 @@ def buckets(layer: LinearLayer, rows: Iterable[int], gpu: tuning.Device) -> list
 
 def bucket_of(m: int) -> int:
     """The rows that the launch for ``m`` serves at most; above the few, ``m`` itself."""
-    return next((most for most in FEW_BUCKETS if m <= most), m)
+    return next((most for most in tuning.FEW_LAUNCH_ROWS if m <= most), m)
 
 
 def served(layer: LinearLayer, m: int, gpu: tuning.Device) -> set[int]:
     """Rows to time a launch of bucket ``m`` with. One serves several of the few rows: the mean of
     the fewest and the most counts."""
-    if m not in FEW_BUCKETS:
+    if m not in tuning.FEW_LAUNCH_ROWS:
         return {m}
     first = 2 if takes_one_row(layer, gpu) else 1
-    return {max((most + 1 for most in FEW_BUCKETS if most < m), default=first), m}
+    return {max((most + 1 for most in tuning.FEW_LAUNCH_ROWS if most < m), default=first), m}
 
 
 def place_of(layer: LinearLayer, m: int, gpu: tuning.Device) -> tuple[str, str]:
