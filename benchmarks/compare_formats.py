@@ -70,12 +70,14 @@ class Format:
         pair = self.has("pair")
         return in_rotation(library.random_layer(n, k, *self.numbers, self.dtype, pair=pair))
 
-    def launch(self, n: int, k: int, m: int, gpu: tuning.Device) -> tuning.Entry:
+    def plan(self, n: int, k: int, gpu: tuning.Device) -> list[tuning.Entry]:
         if self.has("heuristic"):
             gpu = replace(gpu, name=UNKNOWN)
         pair = self.has("pair")
-        found = tuning.entries(n, k, *self.numbers, (n,), gpu, pair=pair, overlap=1, environment={})
-        return tuning.entry_of(found, m)
+        return tuning.entries(n, k, *self.numbers, (n,), gpu, pair=pair, overlap=1, environment={})
+
+    def launch(self, n: int, k: int, m: int, gpu: tuning.Device) -> tuning.Entry:
+        return tuning.entry_of(self.plan(n, k, gpu), m)
 
 
 def compare(library: Library, arguments: argparse.Namespace, budget: Budget) -> Iterator[dict]:

@@ -36,8 +36,12 @@ OTHERS = (
     *((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
     *((8192, 3584), (3584, 14336)),
 )
-ROWS = {4: (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), 2: (1,)}  # of x, by bits
-CANDIDATES = {8: 60, 256: 40, 2048: 12}  # launches to time up to so many rows
+ROWS = {  # of x, by bits; one row at 2 bits is another kernel's
+    4: (1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+    3: (1, 2, 8, 16, 32, 64, 128, 256),
+    2: (1, 2, 8, 16, 32, 64, 128, 256),
+}
+CANDIDATES = {8: 60, 256: 40, 2048: 12}  # launches to time up to so many rows, the most there
 REPLAYS = 2
 GROUP_SIZE = 128
 
@@ -68,18 +72,25 @@ class Choice:
         return us and (us / self.us[self.table], us / min(self.us.values()))
 
 
+@functools.cache
+def plan(n: int, k: int, bits: int, gpu: tuning.Device) -> list[tuning.Entry]:
+    return Format(f"{bits}:{GROUP_SIZE}").plan(n, k, gpu)
+
+
 def chosen(n: int, k: int, m: int, bits: int, gpu: tuning.Device) -> tuple[int, ...]:
-    entry = Format(f"{bits}:{GROUP_SIZE}").launch(n, k, m, gpu)
+    entry = tuning.entry_of(plan(n, k, bits, gpu), m)
     return entry.kernel, *entry.config
 
 
-def time_layer(library: Library, n: int, k: int, bits: int, gpu: tuning.Device) -> Iterator[dict]:
+def time_layer(
+    library: Library, n: int, k: int, bits: int, ms: tuple[int, ...], gpu: tuning.Device, most: int
+) -> Iterator[dict]:
     layer = LinearLayer(f"{n}x{k}", (n,), k, LayerSpec(bits, GROUP_SIZE))
     copies = in_rotation(library.random_layer(n, k, bits, GROUP_SIZE, torch.bfloat16))
-    for m in ROWS[bits]:
+    for m in ms:
         x = torch.randn(m, k, device="cuda").bfloat16()
         y = x.new_empty(m, n)
-        limit = next(number for most, number in CANDIDATES.items() if m <= most)
+        limit = min(most, next(number for last, number in CANDIDATES.items() if m <= last))
         entries = [e for e in tune.candidates(layer, m, gpu, limit) if e.kernel != tuning.DENSE]
         launches = [(entry.kernel, *entry.config) for entry in entries]
         table = chosen(n, k, m, bits, gpu)
@@ -111,12 +122,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("library", nargs="?")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--rows", default="", help="BITS:M,M,.. BITS:..; default: all of ROWS")
+    parser.add_argument("--candidates", type=int, default=60, help="launches to time at most")
     parser.add_argument("--budget-s", type=float, default=0, help="then layers are left out")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("launches.json"))
     arguments = parser.parse_args()
     if not arguments.library and not arguments.report:
         parser.error("give a library, or --report and a file")
+    wanted = (text.partition(":") for text in arguments.rows.split())
+    arguments.rows = {int(b): tuple(map(int, ms.split(","))) for b, _, ms in wanted} or ROWS
     return arguments
 
 
@@ -134,11 +149,11 @@ def main() -> int:
         "columns": "us, kernel (tuning/plan.py), its config", "left_out": [], "rows": [],
     }  # fmt: skip
     for n, k in [*shapes, *OTHERS]:
-        for bits in ROWS:
+        for bits, ms in arguments.rows.items():
             if budget.is_over():
                 result["left_out"].append([n, k, bits])
             else:
-                result["rows"] += time_layer(library, n, k, bits, gpu)
+                result["rows"] += time_layer(library, n, k, bits, ms, gpu, arguments.candidates)
         arguments.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
         print(f"{budget.spent():5.0f}s {n}x{k}", flush=True)
     print("\n".join(report(result["rows"], gpu)))

@@ -39,6 +39,8 @@ MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
 LAUNCH_ROWS = (2, *BUCKETS)  # largest M of each launch: where M is 1, others are often best
 FEW_LAUNCH_ROWS = LAUNCH_ROWS[:2]  # of those that run on Hopper whatever was measured
+# Of a warp, by warps of a block: more is slower at 3 and 2 bits, too (results/h200/launches.json).
+K_TILES_AHEAD = {WARPS: 4, SMALL_WARPS: 6}
 X_ROW_BYTES = 2 * TILE_K + 16
 BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
 SMALL_TABLE_AT = -(SHARED_RESERVED + SMALL_WARPS * BARRIER_BYTES) // 256 * -256 - SHARED_RESERVED
@@ -196,9 +198,13 @@ def launch(
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
-    """Fills in ``slots``: up to 80 KiB in flight a block, or what fits; None if nothing does."""
+    """Fills in ``slots``: K_TILES_AHEAD, up to 80 KiB in flight a block, or what fits; None if
+    nothing does."""
     least = config.rows_each + 1 if problem.width == 32 else 1
-    wanted = config.slots or 80 * 1024 // (config.warps * problem.depth * problem.record_bytes)
+    wanted = config.slots or min(
+        K_TILES_AHEAD[config.warps] // problem.depth,
+        80 * 1024 // (config.warps * problem.depth * problem.record_bytes),
+    )
     for slots in range(max(min(wanted, MAX_SLOTS), least), least - 1, -1):
         full = replace(config, slots=slots)
         if launch(problem, full, device) is not None:
@@ -236,14 +242,14 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     waves = math.ceil(blocks * config.splits / blocks_at_once(config, device))
     k_tiles = math.ceil(problem.k_tiles / config.splits)
     # All tiles share a multiprocessor, and each row of warps brings x; a warp waits for its own.
-    busy = k_tiles * (12 * config.row_tiles + 29 * config.row_warps)
+    busy = k_tiles * (12 * config.row_tiles + 22 * config.row_warps)
     wide = {8: 1.0, 16: 1.4, 32: 2.3}[problem.width]
-    alone = 290 * wide * config.rows_each * math.ceil(k_tiles / config.k_warps)
-    ends = 770.0
+    alone = 280 * wide * config.rows_each * math.ceil(k_tiles / config.k_warps)
+    ends = 740.0
     if config.warps == SMALL_WARPS:  # two of them share a multiprocessor, and start sooner
-        busy, ends = 2.3 * busy, 530.0
-    ends += {1: 0, 2: 620, 4: 1700}.get(config.splits, 3000)
-    ends += 9 * problem.m * k_tiles + 200 * config.row_tiles * math.sqrt(problem.m)
+        busy, ends = 2.85 * busy, 530.0
+    ends += {1: 0, 2: 500, 4: 1310}.get(config.splits, 3000)
+    ends += 12.5 * problem.m * k_tiles + 240 * config.row_tiles * math.sqrt(problem.m)
     return waves * (max(busy, alone) + ends)
 
 

@@ -186,7 +186,8 @@ def launch(
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
     """Fills in ``stages`` and ``x_stages`` where they are 0; None if nothing fits.
 
-    Requests of weights up to about 70 KB; then as much of x as fits.
+    Two requests of weights, up to about 70 KB, as four of fewer bits are up to 10 % slower
+    (``results/h200/launches.json``); then as much of x as fits.
     """
     if not config.compiled:
         return None
@@ -195,7 +196,7 @@ def complete(problem: Problem, config: Config, device: Device) -> Config | None:
         x_wanted = (config.x_stages,) if config.x_stages else (8, 7, 6, 5, 4, 3)
     else:
         most = IN_FLIGHT // (4 * config.warpgroups * problem.slot_bytes(config))
-        wanted = (config.stages,) if config.stages else tuple(range(max(1, min(most, 4)), 0, -1))
+        wanted = (config.stages,) if config.stages else tuple(range(min(most, 2) or 1, 0, -1))
         x_wanted = (config.x_stages,) if config.x_stages else (8, 6, 4, 3, 2)
     for stages in wanted:
         for x_stages in x_wanted:
@@ -250,12 +251,12 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     """
     if config.prefill:
         whole, left, cluster = _prefill_rounds(problem, config, device)
-        tile = problem.k_tiles * (930 + 4.3 * config.columns)
+        tile = problem.k_tiles * (793 + 4.73 * config.columns)
         if config.splits == SPREAD:
             blocks = _spread_blocks(problem, config, device)
             pieces = blocks / left if left and not whole else 1  # of a tile; one block adds them up
-            return (whole + left / blocks) * tile + 27000 + 2000 * max(0.0, pieces - 2)
-        return (whole + (left > 0) / cluster) * tile + 4800 + (3900 if cluster > 1 else 0)
+            return (whole + left / blocks) * tile + 27100 + 2810 * max(0.0, pieces - 2)
+        return (whole + (left > 0) / cluster) * tile + 5320 + (8230 if cluster > 1 else 0)
     blocks = _blocks_of_rows(problem, config) * math.ceil(problem.m / config.columns)
     waves = math.ceil(blocks * config.splits / device.blocks_at_once(config.splits))
     k_each = math.ceil(problem.k_tiles / config.splits / config.k_groups)
@@ -264,10 +265,12 @@ def clocks(problem: Problem, config: Config, device: Device) -> float:
     tile, alone = _warpgroup_clocks(config)
     busy = tiles64 * config.k_groups * k_each * tile
     alone *= rounds * k_each
-    ends = 3900 + 3.6 * config.columns
-    # A pair of blocks sends its sums; of larger clusters the GPU runs too few at once to use all
+    ends = 2780 + 2 * config.columns
+    # Blocks of a cluster send their sums; of more than two the GPU runs too few at once to use all
     # multiprocessors.
-    ends += 1900 if config.splits == 2 else 2400 * math.log2(config.splits)
+    if config.splits > 1:
+        ends += 1530 if config.splits == 2 else 1810 * math.log2(config.splits)
+        ends += 2.06 * config.columns * config.row_tiles
     return waves * (max(busy, alone) + ends)
 
 
@@ -279,11 +282,11 @@ def _warpgroup_clocks(config: Config) -> tuple[float, float]:
     halves of a tile (M = 16 and 32 of twelve layers, results/h200/kernels.json at 9c3138a and
     eafafd3).
     """
-    tile, alone = 250 + 3.4 * config.columns, 710 + 6.4 * config.columns
+    tile, alone = 250 + 3.3 * config.columns, 615 + 7.17 * config.columns
     if config.warpgroups == 8:
-        alone = 1200 + 11 * config.columns
+        alone = 1190 + 11.1 * config.columns
         if config.row_groups > 1:
-            tile = 220 + 4.1 * config.columns
+            tile = 214 + 3.91 * config.columns
     return tile, alone
 
 
