@@ -63,9 +63,16 @@ def test_shared_memory_of_small_blocks():
         assert tuning.launch(one, config, tuning.H200).shared_bytes == expected
     assert tuning.launch(one, tuning.Config(2, 1, 1, 4, 8), tuning.H200) is None
     two_bits = tuning.Problem(4096, 4096, 1, 2, 128)  # 1088 bytes a request: 10 lines
-    config = tuning.complete(two_bits, tuning.Config(2, warps=8), tuning.H200)
-    assert config.slots == 5
+    config = tuning.Config(2, 1, 1, 5, 8)
     assert tuning.launch(two_bits, config, tuning.H200).shared_bytes == 66816 + 38 * 1280
+
+
+def test_fewer_bits_do_not_ask_for_more_at_once():
+    for warps, slots in ((8, 3), (16, 2)):
+        for bits in (4, 3, 2):
+            problem = tuning.Problem(4096, 4096, 1, bits, 128)
+            config = tuning.complete(problem, tuning.Config(2, warps=warps), tuning.H200)
+            assert config.slots == slots
 
 
 def test_a_cluster_has_room_for_its_sums():
