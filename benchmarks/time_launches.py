@@ -1,6 +1,7 @@
 """Times launches that the heuristics choose among, of many layers, and says how good the choice is.
 
-    python benchmarks/time_launches.py LIBRARY [--budget-s 120] [--out launches.json]
+    python benchmarks/time_launches.py LIBRARY [--rows "4:1,8 2:16"] [--candidates 24]
+        [--budget-s 120] [--out launches.json]
     python benchmarks/time_launches.py --report benchmarks/results/h200/launches.json
 
 Of each layer, number of rows and kernel, the most promising launches by the heuristic, the choice

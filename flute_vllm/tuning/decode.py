@@ -235,7 +235,7 @@ def candidates(problem: Problem, device: Device) -> Iterator[Config]:
 def clocks(problem: Problem, config: Config, device: Device) -> float:
     """What a launch takes by count of its work: for choosing among configs, not for predicting.
 
-    The constants are fitted to launches of 18 layers with 1 and 8 rows of x, timed on an H200
+    The constants are fitted to launches of 18 layers with 1, 2 and 8 rows of x, timed on an H200
     (``results/h200/launches.json``). Of 16 and 32 rows none was timed: ``wide`` is an estimate.
     """
     blocks = sum(math.ceil(tiles / config.row_tiles) for tiles in problem.part_tiles)
