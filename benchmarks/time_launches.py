@@ -42,7 +42,7 @@ ROWS = {  # of x, by bits; one row at 2 bits is another kernel's
     3: (1, 2, 8, 16, 32, 64, 128, 256),
     2: (1, 2, 8, 16, 32, 64, 128, 256),
 }
-CANDIDATES = {8: 60, 256: 40, 2048: 12}  # launches to time up to so many rows, the most there
+CANDIDATES = {8: 60, 256: 40, 2048: 12}  # launches to time up to so many rows
 REPLAYS = 2
 GROUP_SIZE = 128
 
@@ -124,7 +124,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("library", nargs="?")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--rows", default="", help="BITS:M,M,.. BITS:..; default: all of ROWS")
-    parser.add_argument("--candidates", type=int, default=60, help="launches to time at most")
+    most = max(CANDIDATES.values())
+    parser.add_argument("--candidates", type=int, default=most, help="launches to time at most")
     parser.add_argument("--budget-s", type=float, default=0, help="then layers are left out")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("launches.json"))

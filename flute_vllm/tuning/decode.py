@@ -39,7 +39,8 @@ MAX_SLOTS = 16
 BUCKETS = (8, 16, 32)  # largest M of each compiled width
 LAUNCH_ROWS = (2, *BUCKETS)  # largest M of each launch: where M is 1, others are often best
 FEW_LAUNCH_ROWS = LAUNCH_ROWS[:2]  # of those that run on Hopper whatever was measured
-# Of a warp, by warps of a block: more is slower at 3 and 2 bits, too (results/h200/launches.json).
+# Of a warp, by warps of a block: more gains nothing at 3 and 2 bits either; four requests of 16
+# warps took up to 19 % longer than two (results/h200/launches.json).
 K_TILES_AHEAD = {WARPS: 4, SMALL_WARPS: 6}
 X_ROW_BYTES = 2 * TILE_K + 16
 BARRIER_BYTES = (MAX_SLOTS + 1) * 8  # of a warp
