@@ -120,13 +120,12 @@ class JournalFolder(AtomicFolder):
         fsync(self.partial)
 
     def publish(self) -> Path:
-        """Gives the folder its name, and only then removes the journal.
+        """Gives the folder its name, and only then removes the journal and what lies beside it.
 
-        A crash in between leaves a complete folder with a journal in it: :meth:`finish`.
+        A crash in between leaves a complete folder with a journal in it: :meth:`finish`. Scratch
+        files stay until then: without that of the tuned tensors a rerun would tune the tuned ones.
         """
         with writing(self.out):
-            for path in self.partial.glob(f"{SCRATCH}*"):
-                path.unlink()
             fsync(self.partial)
             os.rename(self.partial, self.out)
             fsync(self.out.parent)
@@ -135,6 +134,8 @@ class JournalFolder(AtomicFolder):
 
     def _tidy(self) -> None:
         with writing(self.out):
+            for path in self.out.glob(f"{SCRATCH}*"):
+                path.unlink()
             (self.out / MARKER).unlink(missing_ok=True)
             (self.out / JOURNAL).unlink()  # last: it is what a rerun looks for
             fsync(self.out)
