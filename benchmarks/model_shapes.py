@@ -64,6 +64,10 @@ class Method:
     kernel: str = ""
 
 
+# Of a checkpoint whose output head is quantized like the decoder's layers.
+WITH_HEAD = {"modules_to_not_convert": []}
+
+
 def _flute(bits: int, group_size: int) -> dict:
     return {
         "quant_method": "flute", "format_version": 1, "bits": bits, "group_size": group_size,
@@ -89,7 +93,9 @@ def methods(group_size: int) -> dict[str, Method]:
     """All methods by name, quantized with groups of ``group_size``."""
     found = {"bf16": Method()}
     for bits in (4, 3, 2):
-        found[f"flute{bits}"] = Method(_flute(bits, group_size), {}, f"flute: {bits}-bit")
+        stored, kernel = _flute(bits, group_size), f"flute: {bits}-bit"
+        found[f"flute{bits}"] = Method(stored, {}, kernel)
+        found[f"flute{bits}-head"] = Method(stored | WITH_HEAD, {}, kernel)
     for backend in ("marlin", "machete", "humming"):
         kernel = f"{backend.capitalize()}LinearKernel"
         found[backend] = Method(_integer(group_size), {"linear_backend": backend}, kernel)
@@ -123,7 +129,7 @@ def linear_shapes(model: str, ranks: int = 1) -> dict[str, tuple[int, int]]:
 
 
 def weight_bytes(model: str, method: Method) -> int:
-    """Of all weights, heads and embeddings in 16 bits, linear layers as the method stores them."""
+    """Of all weights: linear layers as the method stores them, all else in 16 bits."""
     config = MODELS[model]
     block = sum(n * k for n, k in linear_shapes(model).values())
     bits = 16.0
@@ -131,9 +137,12 @@ def weight_bytes(model: str, method: Method) -> int:
         groups = method.quantization.get("config_groups", {}).get("group_0", {})
         stored = groups.get("weights", method.quantization)
         bits = stored.get("bits", stored.get("num_bits")) + 16 / stored["group_size"]
-    heads = 1 if config["tie_word_embeddings"] else 2
-    outside = heads * config["vocab_size"] * config["hidden_size"] * 2
-    return int(config["num_hidden_layers"] * block * bits / 8) + outside
+    embedding = config["vocab_size"] * config["hidden_size"]
+    head_bits = 0.0 if config["tie_word_embeddings"] else 16.0
+    if method.quantization is not None and WITH_HEAD.items() <= method.quantization.items():
+        head_bits = bits
+    inside = config["num_hidden_layers"] * block
+    return int(inside * bits / 8 + embedding * (16 + head_bits) / 8)
 
 
 def cache_bytes(model: str, ranks: int = 1) -> int:

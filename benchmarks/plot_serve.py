@@ -27,8 +27,11 @@ METHODS = {
     "marlin": ("Marlin W4", "#d97706", "#f59e0b"),
     "humming": ("humming W4", "#0f766e", "#2dd4bf"),
     "flute4": ("ours W4", "#1d4ed8", "#60a5fa"),
+    "flute4-head": ("ours W4, head too", "#1e3a8a", "#bfdbfe"),
     "flute3": ("ours W3", "#6d28d9", "#a78bfa"),
+    "flute3-head": ("ours W3, head too", "#4c1d95", "#ddd6fe"),
     "flute2": ("ours W2", "#be185d", "#f472b6"),
+    "flute2-head": ("ours W2, head too", "#831843", "#fbcfe8"),
 }
 MODEL_NAMES = {
     "8b": "LLaMA-3-8B", "70b": "LLaMA-3-70B", "gemma2-9b": "Gemma-2-9B",

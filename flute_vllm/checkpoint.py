@@ -17,6 +17,7 @@ from flute_vllm.errors import FluteError
 INDEX_NAME = "model.safetensors.index.json"
 # Of a hub repository: no pickles, which may be as large again.
 DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken")
+HEAD_IS_TIED = "tie_word_embeddings"
 HEADER_LIMIT = 100 << 20  # the safetensors specification's own limit
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -227,6 +228,15 @@ class Checkpoint:
                 fix="download the checkpoint again",
             )  # fmt: skip
 
+    def untie_head(self, head: str, embeddings: str) -> None:
+        """From now on the head has a weight of its own, for now the values of the embeddings'.
+
+        ``head`` and ``embeddings`` are modules. Nothing is written: in ``config`` and ``tensors``.
+        """
+        self.tensors[f"{head}.weight"] = self.tensors[f"{embeddings}.weight"]
+        for section in self._sections():
+            section[HEAD_IS_TIED] = False
+
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU. Raises FluteError where the checkpoint lacks it."""
         info = self.tensors.get(name)
@@ -238,7 +248,7 @@ class Checkpoint:
             )  # fmt: skip
         try:
             with safe_open(info.file, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(info.name)
         except (OSError, SafetensorError) as error:
             raise FluteError(
                 "cannot read a weight", where=f"{info.file}: {name}",
@@ -250,6 +260,16 @@ class Checkpoint:
         """Each weight file with the names in it."""
         for file in self.files:
             yield file, [name for name, info in self.tensors.items() if info.file == file]
+
+    @property
+    def is_head_tied(self) -> bool:
+        """Whether config.json says that the output head is the matrix of embeddings."""
+        return any(section.get(HEAD_IS_TIED) is True for section in self._sections())
+
+    def _sections(self) -> list[dict[str, Any]]:
+        """Of config.json, those that may speak of the language model."""
+        sections = (self.config, self.config.get("text_config"))
+        return [section for section in sections if isinstance(section, dict)]
 
     @property
     def nbytes(self) -> int:

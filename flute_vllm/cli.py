@@ -121,6 +121,9 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="PATTERN=BITS", help="Such as 're:.*down_proj=4'. Repeatable."),
     ] = None,
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head", help="Quantize the output head, too.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     ram: Annotated[
         float | None, typer.Option(help="Host memory allowed, GB; refused beforehand if too small.")
@@ -143,7 +146,7 @@ def quantize(
     settings = QuantizeSettings(
         bits=bits, group_size=group_size, recipe=recipe, scale_dtype=scale_dtype,
         skip=tuple(skip or ()), overrides=overrides, table=table, device=device, calib=calib,
-        samples=samples, length=length, seed=seed, bpw=bpw,
+        samples=samples, length=length, seed=seed, bpw=bpw, lm_head=lm_head,
     )  # fmt: skip
     _refuse_existing(out)
     folder = resolve_source(src)

@@ -12,7 +12,7 @@ from flute_vllm.checkpoint import Checkpoint, TensorInfo
 from flute_vllm.errors import FluteError
 from flute_vllm.format import SCALE_DTYPES, TENSOR_NAMES, LayerSpec, dequantize
 from flute_vllm.importers import Importer, NativeLayer, find
-from flute_vllm.schema import FluteQuantizationConfig
+from flute_vllm.schema import HEAD, FluteQuantizationConfig
 from flute_vllm.validate import (
     check_values,
     is_native,
@@ -196,7 +196,7 @@ def _dense_namesakes(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> lis
         name.removesuffix(".weight") for name in checkpoint.tensors if name[-7:] == ".weight"
     ]
     dense = [m for m in weights if m not in specs and m.rpartition(".")[2] in leaves]
-    return ["lm_head", *dense]
+    return [HEAD, *dense]
 
 
 def _quantized_source(folder: str | Path) -> NativeSource | ForeignSource:

@@ -11,6 +11,7 @@ from flute_vllm.errors import FluteError
 from flute_vllm.format import FORMAT_VERSION, LayerSpec
 
 QUANT_METHOD = "flute"
+HEAD = "lm_head"  # transformers' and vLLM's name of the output head
 
 
 class Override(BaseModel):
@@ -34,7 +35,7 @@ class FluteQuantizationConfig(BaseModel):
     group_size: int
     scale_dtype: str
     table_kind: str = "scalar"
-    modules_to_not_convert: list[str] = Field(default_factory=lambda: ["lm_head"])
+    modules_to_not_convert: list[str] = Field(default_factory=lambda: [HEAD])
     overrides: dict[str, Override] = Field(default_factory=dict)
 
     @classmethod

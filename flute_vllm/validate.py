@@ -14,7 +14,7 @@ import torch
 from flute_vllm.checkpoint import Checkpoint, TensorInfo
 from flute_vllm.errors import FluteError
 from flute_vllm.format import TENSOR_NAMES, UNIT, LayerSpec
-from flute_vllm.schema import QUANT_METHOD, FluteQuantizationConfig
+from flute_vllm.schema import HEAD, QUANT_METHOD, FluteQuantizationConfig
 
 FOREIGN_CONFIG = "flute_config.json"
 # Matrices that vLLM stores as one; their parts must be quantized alike.
@@ -95,6 +95,7 @@ def validate_checkpoint(checkpoint: Checkpoint) -> FluteQuantizationConfig:
     specs: dict[str, LayerSpec] = {}
     for module in modules:
         specs[module] = _check_module(checkpoint, config, module)
+    _check_head(checkpoint, specs)
     _check_extra(checkpoint, specs)
     _check_dense(checkpoint, config, specs)
     _check_fused(checkpoint, specs)
@@ -185,6 +186,18 @@ def _shape_error(info: TensorInfo, expected: str) -> FluteError:
         why=f"shape is {list(info.shape)}, expected {expected}",
         fix="correct bits, group_size or overrides in config.json, or " + _FIX,
     )
+
+
+def _check_head(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> None:
+    """A head that is tied to the embeddings is never read, so a quantized one would be lost."""
+    head = next((module for module in specs if module.rpartition(".")[2] == HEAD), None)
+    if head is not None and checkpoint.is_head_tied:
+        raise FluteError(
+            "quantized head beside tied embeddings",
+            where=f"{checkpoint.folder}: {head}.qweight",
+            why="config.json says tie_word_embeddings, so that the model uses its embeddings",
+            fix="set tie_word_embeddings to false if the head was made for this model, or " + _FIX,
+        )
 
 
 def _check_extra(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> None:

@@ -1,4 +1,4 @@
-"""vLLM linear layers of one tensor-parallel rank without process groups or engines."""
+"""vLLM layers of one tensor-parallel rank without process groups or engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def fake_rank(rank: int, size: int):
 
     targets = [
         f"{module}.get_tensor_model_parallel_{what}"
-        for module in ("vllm.model_executor.layers.linear", "vllm.model_executor.parameter")
+        for module in (
+            "vllm.model_executor.layers.linear",
+            "vllm.model_executor.layers.vocab_parallel_embedding",
+            "vllm.model_executor.parameter",
+        )
         for what in ("rank", "world_size")
     ]
     with set_current_vllm_config(VllmConfig()):
@@ -38,6 +42,15 @@ def make_layer(kind: str, config, prefix: str, **sizes) -> torch.nn.Module:
 
     return getattr(linear, kind)(
         quant_config=config, prefix=prefix, params_dtype=torch.float32, **sizes
+    )
+
+
+def make_head(config, prefix: str, vocabulary: int, columns: int) -> torch.nn.Module:
+    """vLLM's output head [vocabulary, columns] with the quantization ``config``."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return ParallelLMHead(
+        vocabulary, columns, params_dtype=torch.float32, quant_config=config, prefix=prefix
     )
 
 

@@ -16,7 +16,7 @@ from flute_vllm.writer import AtomicFolder
 
 LINEARS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    "qkv_proj", "gate_up_proj",
+    "qkv_proj", "gate_up_proj", "lm_head",
 )  # fmt: skip
 
 

@@ -35,10 +35,12 @@ CASES: dict[str, tuple[str, QuantizeSettings]] = {
     **{name: (name, QuantizeSettings(bits=3, recipe="nf")) for name in FAMILIES},
     "fast": ("llama", QuantizeSettings(bits=4)),
     "fast mixtral": ("mixtral", QuantizeSettings(bits=4)),  # rounds to nearest, with a warning
-    "balanced": ("llama", QuantizeSettings(bits=3, recipe="balanced", **CALIBRATED)),
+    "balanced": ("llama", QuantizeSettings(bits=3, recipe="balanced", lm_head=True, **CALIBRATED)),
     "best": ("qwen3", QuantizeSettings(bits=2, recipe="best", **CALIBRATED)),
-    "mixed": ("llama", QuantizeSettings(bits=2, recipe="best", bpw=3.4, **CALIBRATED)),
-    "learned": ("mistral", QuantizeSettings(bits=4, recipe="learned", **CALIBRATED)),
+    "mixed": (
+        "llama", QuantizeSettings(bits=2, recipe="best", bpw=3.4, lm_head=True, **CALIBRATED)
+    ),
+    "learned": ("mistral", QuantizeSettings(recipe="learned", lm_head=True, **CALIBRATED)),
     "int": ("llama", QuantizeSettings(bits=4, table="int", recipe="nf")),
 }  # fmt: skip
 TOKENS = 8

@@ -22,9 +22,9 @@ import torch
 from flute_vllm.checkpoint import Checkpoint, TensorInfo
 from flute_vllm.errors import FluteError
 from flute_vllm.format import FORMAT_VERSION, LayerSpec, dequantize
-from flute_vllm.schema import QUANT_METHOD
+from flute_vllm.schema import HEAD, QUANT_METHOD
 
-DEFAULT_SKIPPED = ("lm_head",)
+DEFAULT_SKIPPED = (HEAD,)
 
 
 class NativeLayer(NamedTuple):

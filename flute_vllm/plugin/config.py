@@ -11,11 +11,13 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec
 from flute_vllm.importers import Importer, find, from_config
 from flute_vllm.plugin.foreign import ForeignLinearMethod
+from flute_vllm.plugin.head import FluteHeadMethod
 from flute_vllm.plugin.linear import FluteLinearMethod
 from flute_vllm.plugin.order import LayerOrder
 from flute_vllm.schema import QUANT_METHOD, FluteQuantizationConfig, module_matches
@@ -35,8 +37,8 @@ class FluteConfig(QuantizationConfig):
         super().__init__()
         self.schema = schema
         self.importer = importer
-        # Quantized modules of a foreign checkpoint, None while its headers were not read.
-        self.foreign_modules: frozenset[str] | None = None
+        # Quantized modules of the checkpoint, None while its headers were not read.
+        self.quantized_modules: frozenset[str] | None = None
         self.order = LayerOrder()
 
     def __repr__(self) -> str:
@@ -81,18 +83,19 @@ class FluteConfig(QuantizationConfig):
             from flute_vllm.validate import quantized_modules, validate_checkpoint
 
             validate_checkpoint(checkpoint)
-            check_complete(checkpoint, set(quantized_modules(checkpoint)))
+            self.quantized_modules = frozenset(quantized_modules(checkpoint))
+            check_complete(checkpoint, set(self.quantized_modules))
             return
         # What the folder says beyond the parsed file (tile hints) belongs to the importer too.
         self.importer = find(checkpoint) or self.importer
-        self.foreign_modules = frozenset(self.importer.modules(checkpoint))
-        if not self.foreign_modules:
+        self.quantized_modules = frozenset(self.importer.modules(checkpoint))
+        if not self.quantized_modules:
             raise FluteError(
                 "no quantized module in the checkpoint", where=str(folder),
                 why=f"flute_config.json announces the {self.importer.name} layout, and no tensor "
                 "has it", fix="drop --quantization flute to serve the dense weights",
             )  # fmt: skip
-        check_complete(checkpoint, set(self.foreign_modules))
+        check_complete(checkpoint, set(self.quantized_modules))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Adds vLLM's module names to those of the checkpoint in the config's patterns."""
@@ -114,12 +117,14 @@ class FluteConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        # Heads, embeddings, attention and routed experts stay dense: None means vLLM's default.
+        # Embeddings, attention and routed experts stay dense: None means vLLM's default.
+        if isinstance(layer, ParallelLMHead):
+            return self._head_method(prefix)
         if not isinstance(layer, LinearBase):
             return None
         modules = self.checkpoint_modules(prefix)
         if self.importer is not None:
-            if self._is_dense_in_foreign_checkpoint(modules):
+            if self.quantized_modules is not None and not self._has_quantized(modules):
                 return UnquantizedLinearMethod()
             return ForeignLinearMethod(prefix, self.importer, modules, self.order)
         spec = self.common_spec(prefix, modules)
@@ -128,6 +133,16 @@ class FluteConfig(QuantizationConfig):
             if spec is None
             else FluteLinearMethod(prefix, spec, self.order)
         )
+
+    def _head_method(self, prefix: str) -> QuantizeMethodBase | None:
+        """Of an output head, whose rows vLLM shards and pads; only native checkpoints have one.
+
+        A head is often absent from a checkpoint (tied) whose config does not name it as dense, and
+        some models do not tell its name: what the headers have decides, where they were read.
+        """
+        spec = self.schema.spec_for(prefix) if self.schema is not None and prefix else None
+        is_stored = self.quantized_modules is None or self._has_quantized([prefix])
+        return FluteHeadMethod(prefix, spec, self.order) if spec and is_stored else None
 
     def checkpoint_modules(self, prefix: str) -> list[str]:
         """Names in the checkpoint of the matrices that vLLM fuses into the layer ``prefix``."""
@@ -149,13 +164,12 @@ class FluteConfig(QuantizationConfig):
             )  # fmt: skip
         return specs[modules[0]]
 
-    def _is_dense_in_foreign_checkpoint(self, modules: list[str]) -> bool:
-        if self.foreign_modules is None:
-            return False
+    def _has_quantized(self, modules: list[str]) -> bool:
+        """Whether the checkpoint's headers have one of these modules quantized."""
         # vLLM may prefix names (language_model.model...), hence component matching.
-        return not any(
-            module in self.foreign_modules
-            or any(module_matches(known, module) for known in self.foreign_modules)
+        return any(
+            module in self.quantized_modules
+            or any(module_matches(known, module) for known in self.quantized_modules)
             for module in modules
         )
 

@@ -65,6 +65,8 @@ def layer_parts(layer: torch.nn.Module) -> list[Hashable]:
 
 def expected_rows(layer: torch.nn.Module, output_size: int, shard_id: object) -> int | None:
     """out_features of the unsharded matrix ``shard_id``; None where the layer does not tell."""
+    if hasattr(layer, "org_vocab_size"):  # a head: output_size counts vLLM's padding too
+        return layer.org_vocab_size
     if hasattr(layer, "total_num_kv_heads"):
         value_size = getattr(layer, "v_head_size", layer.head_size)
         rows = {

@@ -7,7 +7,7 @@ loaded once, run on all windows, and freed; the arguments that each block then g
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,12 +62,8 @@ class BlockRunner:
         self.batch = max(1, _TOKENS_AT_ONCE // ids.shape[1])
         while len(ids) % self.batch:  # masks are noted for one size of batch
             self.batch -= 1
-        outside = [name for name, _ in self.model.named_parameters() if not self._is_inside(name)]
-        head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
-        left_out = set() if head is None else {id(p) for p in head.parameters()}
-        left_out -= {id(p) for p in embedding.parameters()}
-        names = [n for n in outside if id(self.model.get_parameter(n)) not in left_out]
+        names = self._outside(self._of_head() - {id(p) for p in embedding.parameters()})
         self._fill(self.model, {name: self._load(name) for name in names})
         for name, buffer in self.model.named_buffers():
             if not self._is_inside(name):
@@ -75,27 +71,69 @@ class BlockRunner:
         catchers = [_Catcher(block) for block in self.blocks]
         hidden = self._pass_through(ids, catchers)
         self._arguments = [catcher.arguments for catcher in catchers]
-        for name in names:
-            parameter = self.model.get_parameter(name)
-            _assign(self.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        self._free(names)
         return hidden
 
     def _pass_through(self, ids: torch.Tensor, catchers: list[_Catcher]) -> torch.Tensor:
+        parts = []
+        with self._stack_of(catchers):
+            for batch in ids.split(self.batch):
+                self._decoder(input_ids=batch.to(self.device), use_cache=False)
+                parts.append(catchers[0].hidden.cpu())
+        shapes = {None if c.hidden is None else c.hidden.shape for c in catchers}
+        if len(shapes) > 1:
+            raise self._unsupported(f"its blocks read different shapes: {shapes}")
+        return torch.cat(parts)
+
+    @contextmanager
+    def tails(self, count: int) -> Iterator[list[Tail]]:
+        """What lies between the last block and the head, ``count`` times, as blocks to ``run``."""
+        embedding = self.model.get_input_embeddings()
+        names = self._outside(self._of_head() | {id(p) for p in embedding.parameters()})
+        self._fill(self.model, {name: self._load(name) for name in names})
+        self._arguments.append({})
+
+        def decode(hidden: torch.Tensor) -> torch.Tensor:
+            with self._stack_of([_Source(self.blocks[0], hidden)]):
+                # Its own first step is on these instead of embeddings; the block drops the result.
+                return self._decoder(inputs_embeds=hidden, use_cache=False)[0]
+
+        try:
+            yield [Tail(decode) for _ in range(count)]
+        finally:
+            self._arguments.pop()
+            self._free(names)
+
+    @contextmanager
+    def _stack_of(self, modules: list[nn.Module]) -> Iterator[None]:
+        """The decoder runs these instead of its blocks."""
         parent, _, leaf = self.stack.rpartition(".")
         owner = self.model.get_submodule(parent)
-        setattr(owner, leaf, nn.ModuleList(catchers))
-        decoder = getattr(self.model, "get_decoder", lambda: None)() or self.model
+        setattr(owner, leaf, nn.ModuleList(modules))
         try:
-            parts = []
-            for batch in ids.split(self.batch):
-                decoder(input_ids=batch.to(self.device), use_cache=False)
-                parts.append(catchers[0].hidden.cpu())
-            shapes = {None if c.hidden is None else c.hidden.shape for c in catchers}
-            if len(shapes) > 1:
-                raise self._unsupported(f"its blocks read different shapes: {shapes}")
-            return torch.cat(parts)
+            yield
         finally:
             setattr(owner, leaf, self.blocks)
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return getattr(self.model, "get_decoder", lambda: None)() or self.model
+
+    def _of_head(self) -> set[int]:
+        head = self.model.get_output_embeddings()
+        return set() if head is None else {id(p) for p in head.parameters()}
+
+    def _outside(self, left_out: set[int]) -> list[str]:
+        """Names of the parameters that belong to no block, without those in ``left_out`` by id."""
+        return [
+            name for name, parameter in self.model.named_parameters()
+            if not self._is_inside(name) and id(parameter) not in left_out
+        ]  # fmt: skip
+
+    def _free(self, names: list[str]) -> None:
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            _assign(self.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -125,8 +163,7 @@ class BlockRunner:
 
     def check_names(self) -> None:
         """Raises FluteError unless the checkpoint has every parameter, so before any work."""
-        head = self.model.get_output_embeddings()
-        left_out = set() if head is None else {id(p) for p in head.parameters()}
+        left_out = self._of_head()
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in left_out and self._find(name) is None:
                 raise self._unsupported(f"the checkpoint has no tensor {name}")
@@ -187,6 +224,35 @@ class _Catcher(nn.Module):
         self.hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         self.arguments = {**kwargs, "use_cache": False, "past_key_values": None}
         return self.hidden
+
+
+class _Source(nn.Module):
+    """Stands for all blocks: whatever it is given, it hands on what they would."""
+
+    def __init__(self, block: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        self.hidden = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.hidden
+
+
+class Tail(nn.Module):
+    """From the output of the last block to what the head reads, which ``head`` is given."""
+
+    def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.decode, self.head = decode, nn.Identity()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(self.decode(hidden))
 
 
 def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flute_vllm.checkpoint import Checkpoint
-from flute_vllm.quantize.plan import Plan, QuantizeSettings, Unit
+from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit
 from flute_vllm.quantize.refit import SYSTEM_VALUES
 from flute_vllm.quantize.state import BLOCK_WEIGHTS
 
@@ -94,7 +94,8 @@ def _calibrated_parts(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSett
     text = checkpoint.config.get("text_config", checkpoint.config)
     hidden = text.get("hidden_size", widest)
     paths = 2 if is_sequential else 1
-    block = max(_block_nbytes(checkpoint, unit) for unit in plan.units if unit.groups)
+    inside = [unit for unit in plan.units if unit.groups and unit.name != OUTSIDE]
+    block = max(_block_nbytes(checkpoint, unit) for unit in inside)
     moments = max(sum(widths[g] ** 2 for g in unit.groups) for unit in plan.units if unit.groups)
     held = 3 * widest**2 if is_sequential else 2 * moments
     activations = samples * length * hidden * 2

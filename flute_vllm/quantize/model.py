@@ -224,6 +224,8 @@ def _make_unit(
             shard.write(name, checkpoint.load(name))
         if stream is not None and unit.name != OUTSIDE:
             stream.quantize_block(unit, make)
+        elif stream is not None:
+            stream.quantize_head(unit, make)
         else:
             for group in unit.groups:
                 make(group, load_group(checkpoint, group, plan.specs, device), Statistics(), None)

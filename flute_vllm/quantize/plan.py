@@ -42,6 +42,7 @@ class QuantizeSettings:
         bpw: bits per weight to fill with mixed bits, group sizes and kinds of table, chosen by
             what each group of modules costs the model; modules of ``overrides`` keep theirs.
             None: the same for all.
+        lm_head: quantize the output head, too.
     """
 
     bits: int = 4
@@ -57,6 +58,7 @@ class QuantizeSettings:
     length: int | None = None
     seed: int = 0
     bpw: float | None = None
+    lm_head: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "skip": list(self.skip)}
@@ -138,7 +140,7 @@ def plan_checkpoint(
     )
     # Settings are checked before the model is built, which takes seconds.
     _config(default, settings.skip, settings, codebooks)
-    selection = select_modules(checkpoint)
+    selection = select_modules(checkpoint, settings.lm_head)
     if settings.scale_dtype is None:
         default = default.with_changes(scale_dtype=_source_dtype(checkpoint, selection))
     notes = list(selection.notes)

@@ -94,6 +94,8 @@ def _by_stored_name(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Li
         if isinstance(module, nn.Linear):
             for candidate in name_candidates(name, prefix):
                 if f"{candidate}.weight" in checkpoint.tensors:
+                    # A head that was tied to the embeddings must not change them.
+                    module.weight = nn.Parameter(module.weight.data, requires_grad=False)
                     found[candidate] = module
                     break
     return found

@@ -54,7 +54,8 @@ class ActivationStream:
         self._folder, self._names = folder, list(names)
         embedded = self.runner.embed(self.windows.ids)
         self._next = len(names) - len(left)
-        if self._next == 0 or all(unit.name == OUTSIDE for unit in left):
+        is_read = any(unit.groups for unit in left)
+        if self._next == 0 or not is_read:
             self.hidden, self.dense = embedded, embedded
             return
         stored = load_file(self._path(self._next))
@@ -101,6 +102,26 @@ class ActivationStream:
                 self.hidden = torch.cat(list(self.runner.run(block, index, self.hidden)))
         self._next += 1
 
+    def quantize_head(self, unit: Unit, make: Make) -> None:
+        """Quantizes the groups outside the blocks, all of which read what follows the last one."""
+        index = len(self.runner.blocks)
+        paths = 2 if self.is_sequential else 1
+        for group in unit.groups:
+            with self.runner.tails(paths) as tails:
+                moments = observe(
+                    self.runner, index, tails[0], self.hidden, self.windows.heldout, ["head"],
+                    *((tails[1], self.dense) if self.is_sequential else ()),
+                    prior=0.0 if self.is_sequential else self.windows.prior,
+                )  # fmt: skip
+            weight = load_group(self.checkpoint, group, self.plan.specs, self.device)
+            target = moments.target("head", weight) if self.is_sequential else None
+            make(group, weight, moments.statistics("head"), target)
+        self._next = index + 1
+
+    @property
+    def _has_head(self) -> bool:
+        return any(unit.groups for unit in self.plan.units if unit.name == OUTSIDE)
+
     def _in_order(
         self, block: torch.nn.Module, index: int, unit: Unit, leaf: dict[str, str]
     ) -> list[tuple[str, ...]]:
@@ -132,7 +153,7 @@ class ActivationStream:
 
     def save(self) -> None:
         """Writes the activations before the next block to a file of their own."""
-        if self._next >= len(self.runner.blocks):
+        if self._next >= len(self.runner.blocks) + self._has_head:
             return  # nothing follows that reads them
         tensors = {"hidden": self.hidden}
         if self.is_sequential:

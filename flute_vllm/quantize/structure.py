@@ -1,8 +1,9 @@
 """Which modules of a checkpoint to quantize, decided by the structure of the model.
 
 The model is built on the meta device (no memory, no weights) and its module tree is walked, so
-no list of architectures is needed: the linear layers inside the decoder blocks are quantized;
-embeddings, the head, and the routers and experts of mixture-of-experts layers stay dense.
+no list of architectures is needed: the linear layers inside the decoder blocks are quantized, the
+head if that is asked for; embeddings, and the routers and experts of mixture-of-experts layers stay
+dense.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import torch
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
+from flute_vllm.schema import HEAD
 from flute_vllm.validate import fused_siblings
 
 EXPERTS = "experts"
+# Architectures, by model_type, whose logits vLLM computes from the embeddings whatever config.json
+# says: it asserts that they are tied.
+ALWAYS_TIED = ("cohere", "cohere2", "gemma2", "gemma3n_text")
 
 
 @dataclass
@@ -45,9 +50,15 @@ class Selection:
         return frozenset(self.blocks)
 
 
-def select_modules(checkpoint: Checkpoint) -> Selection:
-    """Finds the linear modules to quantize. Raises FluteError where there are none."""
+def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection:
+    """Finds the linear modules to quantize. Raises FluteError where there are none.
+
+    Args:
+        checkpoint: dense.
+        with_head: the output head counts as one of them.
+    """
     model = meta_model(checkpoint)
+    head = _stored_head(model, checkpoint) if with_head else None
     stacks = decoder_stacks(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     selection = Selection(blocks=_stored_blocks(model, stacks, prefix, checkpoint))
@@ -64,7 +75,7 @@ def select_modules(checkpoint: Checkpoint) -> Selection:
         if inside and _is_router(model, name, module):
             routers.append(stored or name)
             selection.dense.append(stored or name)
-        elif inside and stored is not None:
+        elif (inside or module is head) and stored is not None:
             _check_shape(checkpoint, stored, module)
             selection.linears[stored] = (module.out_features, module.in_features)
         else:
@@ -109,6 +120,35 @@ def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
             fix="install a transformers release that knows model_type "
             f"{checkpoint.config.get('model_type')!r}, or correct config.json",
         ) from error
+
+
+def _stored_head(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Module:
+    """The head to quantize; one that is tied to the embeddings is given a weight of its own.
+
+    Raises FluteError where the model has no head, or vLLM would not read it.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    why = ""
+    if not isinstance(head, torch.nn.Linear):
+        why = f"{type(model).__name__} has no torch.nn.Linear as its head"
+    elif checkpoint.is_head_tied or _stored_name(names[head], prefix, checkpoint) is None:
+        kind = model.config.get_text_config().model_type
+        stored = _stored_name(names[embeddings], prefix, checkpoint)
+        if kind in ALWAYS_TIED:
+            why = f"vLLM computes logits of {kind} models from their embeddings, which stay dense"
+        elif stored is None:
+            why = f"the checkpoint has neither its weight nor {names[embeddings]}.weight"
+        else:
+            checkpoint.untie_head(names[head], stored)
+    if why:
+        raise FluteError(
+            "the head cannot be quantized",
+            where=f"{checkpoint.folder}: {names.get(head) or HEAD}", why=why,
+            fix="leave out --lm-head",
+        )  # fmt: skip
+    return head
 
 
 def decoder_stacks(model: torch.nn.Module) -> list[str]:
