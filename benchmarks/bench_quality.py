@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=["nf", "fast", "balanced", "best"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--lm-head", action="store_true", help="quantize the output head, too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, help="fewer calibration windows, for a trial run")
     parser.add_argument("--files", type=int, help="of the held-out files, for a trial run")
@@ -111,7 +112,7 @@ def measure(options: argparse.Namespace, model: Path, ruler: Measure, recipe: st
             seed: int) -> dict[str, Any]:  # fmt: skip
     settings = QuantizeSettings(
         bits=bits, group_size=options.group_size, recipe=recipe, device=options.device,
-        samples=options.samples, seed=seed,
+        samples=options.samples, seed=seed, lm_head=options.lm_head,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
@@ -203,6 +204,7 @@ def main() -> int:
         "tokens": ruler.dense.tokens, "dense_ppl": round(ruler.dense.ppl, 5),
         "protocol": ruler.dense.protocol, "heldout_files_changed": ruler.changed,
         "commit": options.commit, "torch": torch.__version__, "device": options.device,
+        **({"lm_head": True} if options.lm_head else {}),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     if out.is_file():

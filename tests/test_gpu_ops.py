@@ -65,6 +65,20 @@ def test_gemm_is_as_accurate_as_dense(dtype, bits, m):
         assert relative_error(y, exact) <= 1.5 * bound
 
 
+@pytest.mark.parametrize("m", [1, 8, 16, 32, 64, 128, 256, 1000])
+def test_a_head_has_more_rows_than_any_other_layer(m):
+    problem = make_problem((128256,), 512, 4, 128, torch.bfloat16)
+    arguments = internal(problem)
+    x = make_x(3, m, 512, dtype=torch.bfloat16).cuda()[2]
+    dense = problem.dense().cuda()
+    exact = x.double() @ problem.dense(torch.float32).double().cuda().T
+    y = torch.ops.flute.gemm(x, *arguments)
+    assert relative_error(y, exact) <= 1.5 * relative_error(x @ dense.T, exact)
+    for rows in (slice(64), slice(-64, None)):  # the norm of all hides a few rows
+        there = relative_error(x @ dense[rows].T, exact[:, rows])
+        assert relative_error(y[:, rows], exact[:, rows]) <= 2 * there
+
+
 def test_fp32_activations_use_the_canonical_layout():
     problem = make_problem((64,), 256, 4, 64, torch.float16)
     x = make_x(5, 256, dtype=torch.float32).cuda()

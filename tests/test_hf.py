@@ -23,6 +23,7 @@ SPECS = {
     "gemma2": LayerSpec(2, 64), "qwen2": LayerSpec(3, 32), "mistral": LayerSpec(4, -1),
     "phi3": LayerSpec(3, 128),
 }  # fmt: skip
+WITH_HEAD = ("llama", "phi3")
 
 
 @pytest.mark.parametrize("architecture", SPECS)
@@ -31,9 +32,11 @@ def test_logits_are_those_of_the_dense_twin(architecture, tmp_path):
 
     assert set(SPECS) <= set(ARCHITECTURES)
     dense = write_tiny_model(tmp_path / "dense", architecture)
-    folder = write_native(dense, tmp_path / "native", SPECS[architecture])
+    fields = {"modules_to_not_convert": []} if architecture in WITH_HEAD else {}
+    folder = write_native(dense, tmp_path / "native", SPECS[architecture], **fields)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     layers = [m for m in model.modules() if isinstance(m, FluteLinear)]
+    assert (model.lm_head in layers) == (architecture in WITH_HEAD)
     assert layers
     assert all(m.scales.dtype == SPECS[architecture].torch_scale_dtype for m in layers)
     twin = load_twin(folder)
@@ -48,7 +51,8 @@ def test_saved_again_it_is_the_same(tmp_path):
     from transformers import AutoModelForCausalLM
 
     dense = write_tiny_model(tmp_path / "dense", "llama")
-    folder = write_native(dense, tmp_path / "native", LayerSpec(4, 64))
+    spec, fields = LayerSpec(4, 64), {"modules_to_not_convert": []}
+    folder = write_native(dense, tmp_path / "native", spec, **fields)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
