@@ -175,6 +175,7 @@ class Checkpoint:
                     )  # fmt: skip
                 self.tensors[name] = info
         self._check_index()
+        self.has_own_head = False  # whether untie_head made one
 
     def _weight_files(self) -> list[Path]:
         index = self.folder / INDEX_NAME
@@ -234,6 +235,7 @@ class Checkpoint:
         ``head`` and ``embeddings`` are modules. Nothing is written: in ``config`` and ``tensors``.
         """
         self.tensors[f"{head}.weight"] = self.tensors[f"{embeddings}.weight"]
+        self.has_own_head = True
         for section in self._sections():
             section[HEAD_IS_TIED] = False
 

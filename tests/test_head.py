@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flute_vllm import format as flute_format
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
+from flute_vllm.evaluate import load_twin
 from flute_vllm.format import LayerSpec
+from flute_vllm.hf_quantizer import FluteLinear
 from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.model import quantize_checkpoint
 from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
@@ -125,7 +129,9 @@ def test_a_head_is_quantized_only_on_request(llama, tmp_path):
 
 @pytest.mark.parametrize("is_declared", [True, False])
 def test_a_tied_head_gets_a_weight_of_its_own(is_declared, tmp_path):
-    """With the flag in config.json, and as a matrix that the files lack."""
+    """With the flag in config.json, and where that is the architecture's default."""
+    from transformers import AutoModelForCausalLM
+
     architecture = "qwen2" if is_declared else "gemma3"
     folder = write_tiny_model(tmp_path / "dense", architecture)
     assert "lm_head.weight" not in Checkpoint(folder).tensors
@@ -140,6 +146,23 @@ def test_a_tied_head_gets_a_weight_of_its_own(is_declared, tmp_path):
     head = flute_format.dequantize(**stored, bits=4).float()
     error = (head - embeddings.float()).square().sum() / embeddings.float().square().sum()
     assert error < 0.01
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    twin, ids = load_twin(tmp_path / "out"), torch.tensor([[5, 77, 301]])
+    assert isinstance(model.lm_head, FluteLinear)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_that_is_missing_is_not_made_from_the_embeddings(llama, tmp_path):
+    """A model that is not tied may store its head under a name that is not looked for."""
+    folder = tmp_path / "dense"
+    shutil.copytree(llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.weight"] = tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FluteError) as caught:
+        plan_checkpoint(Checkpoint(folder), settings_of("fast"))
+    check_message(caught.value, "lm_head.weight", "leave out --lm-head")
 
 
 def test_a_head_that_vllm_never_reads_is_refused(tmp_path):

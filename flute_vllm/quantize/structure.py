@@ -130,17 +130,20 @@ def _stored_head(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Mod
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     names = {module: name for name, module in model.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    kind = model.config.get_text_config().model_type
+    model.tie_weights()
     why = ""
     if not isinstance(head, torch.nn.Linear):
         why = f"{type(model).__name__} has no torch.nn.Linear as its head"
-    elif checkpoint.is_head_tied or _stored_name(names[head], prefix, checkpoint) is None:
-        kind = model.config.get_text_config().model_type
-        stored = _stored_name(names[embeddings], prefix, checkpoint)
-        if kind in ALWAYS_TIED:
-            why = f"vLLM computes logits of {kind} models from their embeddings, which stay dense"
-        elif stored is None:
-            why = f"the checkpoint has neither its weight nor {names[embeddings]}.weight"
-        else:
+    elif head.weight is embeddings.weight and kind in ALWAYS_TIED:
+        why = f"vLLM computes logits of {kind} models from their embeddings, which stay dense"
+    else:
+        is_tied = head.weight is embeddings.weight and not checkpoint.has_own_head
+        source = names[embeddings if is_tied else head]
+        stored = _stored_name(source, prefix, checkpoint)
+        if stored is None:
+            why = f"the checkpoint has no {source}.weight [N, K]"
+        elif is_tied:
             checkpoint.untie_head(names[head], stored)
     if why:
         raise FluteError(
