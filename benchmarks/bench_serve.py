@@ -245,7 +245,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="8b", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--methods", default=",".join(methods(128)))
+    usual = [name for name in methods(128) if not name.endswith("-head")]
+    parser.add_argument("--methods", default=",".join(usual))
     parser.add_argument("--tp", default="1", help="tensor-parallel sizes, such as 1,2")
     parser.add_argument("--engines", default="", help="METHOD:TP,... instead of these two")
     parser.add_argument("--batches", default="1,8,32,128")

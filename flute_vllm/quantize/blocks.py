@@ -204,21 +204,27 @@ class BlockRunner:
         )
 
 
-class _Catcher(nn.Module):
-    """Stands for a block: notes its arguments, hands its input on."""
+class _Standin(nn.Module):
+    """Stands for a block: decoders look at attributes of it, such as the kind of attention."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        # Decoders look at attributes of their blocks, such as the kind of attention.
         object.__setattr__(self, "_block", block)
-        self.hidden: torch.Tensor | None = None
-        self.arguments: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, "_block"), name)
+
+
+class _Catcher(_Standin):
+    """Notes its arguments, hands its input on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.hidden: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
@@ -226,19 +232,12 @@ class _Catcher(nn.Module):
         return self.hidden
 
 
-class _Source(nn.Module):
+class _Source(_Standin):
     """Stands for all blocks: whatever it is given, it hands on what they would."""
 
     def __init__(self, block: nn.Module, hidden: torch.Tensor) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
+        super().__init__(block)
         self.hidden = hidden
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_block"), name)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self.hidden
