@@ -64,10 +64,6 @@ class Method:
     kernel: str = ""
 
 
-# Of a checkpoint whose output head is quantized like the decoder's layers.
-WITH_HEAD = {"modules_to_not_convert": []}
-
-
 def _flute(bits: int, group_size: int) -> dict:
     return {
         "quant_method": "flute", "format_version": 1, "bits": bits, "group_size": group_size,
@@ -95,7 +91,8 @@ def methods(group_size: int) -> dict[str, Method]:
     for bits in (4, 3, 2):
         stored, kernel = _flute(bits, group_size), f"flute: {bits}-bit"
         found[f"flute{bits}"] = Method(stored, {}, kernel)
-        found[f"flute{bits}-head"] = Method(stored | WITH_HEAD, {}, kernel)
+        # Of a checkpoint whose output head is quantized like the decoder's layers.
+        found[f"flute{bits}-head"] = Method(stored | {"modules_to_not_convert": []}, {}, kernel)
     for backend in ("marlin", "machete", "humming"):
         kernel = f"{backend.capitalize()}LinearKernel"
         found[backend] = Method(_integer(group_size), {"linear_backend": backend}, kernel)
@@ -139,7 +136,7 @@ def weight_bytes(model: str, method: Method) -> int:
         bits = stored.get("bits", stored.get("num_bits")) + 16 / stored["group_size"]
     embedding = config["vocab_size"] * config["hidden_size"]
     head_bits = 0.0 if config["tie_word_embeddings"] else 16.0
-    if method.quantization is not None and WITH_HEAD.items() <= method.quantization.items():
+    if (method.quantization or {}).get("modules_to_not_convert") == []:
         head_bits = bits
     inside = config["num_hidden_layers"] * block
     return int(inside * bits / 8 + embedding * (16 + head_bits) / 8)

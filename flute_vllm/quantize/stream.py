@@ -104,19 +104,17 @@ class ActivationStream:
 
     def quantize_head(self, unit: Unit, make: Make) -> None:
         """Quantizes the groups outside the blocks, all of which read what follows the last one."""
-        index = len(self.runner.blocks)
-        paths = 2 if self.is_sequential else 1
         for group in unit.groups:
-            with self.runner.tails(paths) as tails:
+            with self.runner.tails(2 if self.is_sequential else 1) as tails:
                 moments = observe(
-                    self.runner, index, tails[0], self.hidden, self.windows.heldout, ["head"],
+                    self.runner, self._next, tails[0], self.hidden, self.windows.heldout, ["head"],
                     *((tails[1], self.dense) if self.is_sequential else ()),
                     prior=0.0 if self.is_sequential else self.windows.prior,
                 )  # fmt: skip
             weight = load_group(self.checkpoint, group, self.plan.specs, self.device)
             target = moments.target("head", weight) if self.is_sequential else None
             make(group, weight, moments.statistics("head"), target)
-        self._next = index + 1
+        self._next += 1
 
     @property
     def _has_head(self) -> bool:
