@@ -126,7 +126,7 @@ def test_random_tokens_are_trusted_as_far_as_the_prior_says(tmp_path):
     moments = Moments(4, 0, torch.device("cpu"), prior=0.5)
     x = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17)
     moments.add("hessian m", x, x)
-    moments.tokens = len(x)
+    moments.tokens["m"] = len(x)
     hessian = moments.statistics("m").hessian
     share = 0.5 + 16 / 4096
     plain = x.T @ x / (x.T @ x).diagonal().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -26,7 +27,7 @@ class Moments:
         self.first_heldout = windows - heldout
         self.has_heldout = heldout > 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.tokens = 0  # of calibration, held-out ones apart
+        self.tokens: Counter[str] = Counter()  # of calibration, by module, held-out ones apart
 
     def add(self, name: str, left: torch.Tensor, right: torch.Tensor) -> None:
         """left, right: [tokens, K], added as float32 [K, K] of ``left^T right``."""
@@ -37,6 +38,8 @@ class Moments:
             self.sums[name] = product
 
     def statistics(self, module: str) -> Statistics:
+        if f"hessian {module}" not in self.sums:
+            raise not_run(module)
         found = {}
         for part in ("hessian", "heldout") if self.has_heldout else ("hessian",):
             moment = self.sums[f"{part} {module}"].to(self.device)
@@ -50,12 +53,12 @@ class Moments:
                 )  # fmt: skip
             found[part] = moment / moment.diagonal().mean().clamp_min(1e-30)
         if self.prior:
-            found["hessian"] = self._with_prior(found["hessian"])
+            found["hessian"] = self._with_prior(found["hessian"], self.tokens[module])
         return Statistics(**found)
 
-    def _with_prior(self, hessian: torch.Tensor) -> torch.Tensor:
+    def _with_prior(self, hessian: torch.Tensor, tokens: int) -> torch.Tensor:
         """Pulled towards the identity: by the prior, and by its sampling noise, K / tokens."""
-        share = self.prior + len(hessian) / max(1, self.tokens)
+        share = self.prior + len(hessian) / max(1, tokens)
         raised = hessian / (1 + share)
         raised.diagonal().add_(share / (1 + share))
         return raised
@@ -135,17 +138,18 @@ def observe(
             if outputs is not None:
                 outputs.append(output)
             learnt = max(0, min(len(output), moments.first_heldout - done))
-            moments.tokens += learnt * output.shape[1]
-            for (path, name), x in inputs.items():
+            for (path, name), read in inputs.items():
                 if path:
                     continue
+                x = _by_window(read, output, name)
+                moments.tokens[name] += x[:learnt].shape[:-1].numel()
                 for part, rows in (("hessian", slice(learnt)), ("heldout", slice(learnt, None))):
                     if part == "heldout" and not moments.has_heldout:
                         continue
                     here = x[rows].reshape(-1, x.shape[-1])
                     moments.add(f"{part} {name}", here, here)
                 if others is not None:
-                    other = inputs["dense ", name]
+                    other = _by_window(inputs["dense ", name], output, name)
                     for part, rows in (("", slice(learnt)), ("heldout ", slice(learnt, None))):
                         left, right = (v[rows].reshape(-1, x.shape[-1]) for v in (other, x))
                         moments.add(f"{part}cross {name}", left, right)
@@ -156,3 +160,27 @@ def observe(
     # One group at a time needs its moments on the device: 3.3 GB each for 28672 features.
     moments.sums = {name: moment.cpu() for name, moment in moments.sums.items()}
     return moments
+
+
+def _by_window(x: torch.Tensor, output: torch.Tensor, module: str) -> torch.Tensor:
+    """An input as [windows, ..., K]: some modules read the tokens of all windows as [B * T, K]."""
+    windows, tokens = output.shape[:2]
+    if x.dim() == 2 and len(x) == windows * tokens:
+        return x.reshape(windows, tokens, -1)
+    if x.dim() < 3 or len(x) != windows:
+        raise FluteError(
+            "cannot collect the moments of an input", where=module,
+            why=f"it reads {list(x.shape)}, of {windows} windows of {tokens} tokens",
+            fix="use steps that need no activations: --recipe fast --calib none",
+        )  # fmt: skip
+    return x
+
+
+def not_run(module: str) -> FluteError:
+    """The error for a module of a block that the block does not run on text."""
+    return FluteError(
+        "cannot collect the moments of an input", where=module,
+        why="its block does not run it on text",
+        fix="leave it dense (--skip), or use steps that need no activations: "
+        "--recipe fast --calib none",
+    )  # fmt: skip

@@ -7,7 +7,7 @@ loaded once, run on all windows, and freed; the arguments that each block then g
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import nn
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
+from flute_vllm.quantize.standins import Catcher, Source, Tail
 from flute_vllm.quantize.structure import decoder_stacks, name_candidates
 from flute_vllm.quantize.tensor import check_finite
 
 _TOKENS_AT_ONCE = 4096  # of one forward pass; bounds the memory of attention and MLP
+_WITHOUT = "use steps that need no activations: --recipe fast --calib none"
 
 
 class BlockRunner:
@@ -47,19 +49,45 @@ class BlockRunner:
         narrow = torch.bfloat16 if torch.bfloat16 in stored else torch.float16
         wide = device.type == "cpu" or stored == {torch.float32}
         self.dtype = torch.float32 if wide else narrow
-        self._arguments: list[dict[str, Any]] = []
+        self._in_tuple = False  # whether the decoder takes a block's output out of a tuple
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def probe(self, ids: torch.Tensor) -> None:
+        """Raises FluteError unless the embeddings and the first block run, before any work.
+
+        Args:
+            ids: int64 [2, length], two windows, which are run one after the other.
+        """
+        shared = getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0)
+        if shared:
+            raise self._unsupported(f"its last {shared} blocks read keys and values of others")
+        hidden = self.embed(ids, at_once=ids.shape[1])
+        with self._told(), self.block(0) as block:
+            for _ in self.run(block, 0, hidden):
+                pass
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever a model raises is told as what it is: an architecture that cannot be run."""
+        try:
+            yield
+        except (FluteError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the code of some hundred architectures
+            raise self._unsupported(f"{type(error).__name__}: {error}") from error
 
     @torch.no_grad()
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, at_once: int = _TOKENS_AT_ONCE) -> torch.Tensor:
         """What the first block reads, and, noted for later, the other arguments of every block.
 
         Args:
             ids: int64 [windows, length].
+            at_once: tokens of one forward pass.
 
         Returns:
             [windows, length, hidden] on the CPU, in the dtype of the run.
         """
-        self.batch = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        self.batch = max(1, at_once // ids.shape[1])
         while len(ids) % self.batch:  # masks are noted for one size of batch
             self.batch -= 1
         embedding = self.model.get_input_embeddings()
@@ -68,21 +96,43 @@ class BlockRunner:
         for name, buffer in self.model.named_buffers():
             if not self._is_inside(name):
                 _assign(self.model, name, buffer.to(self.device))
-        catchers = [_Catcher(block) for block in self.blocks]
+        self._in_tuple = self._returns_tuples(ids[:1].repeat(2, 1))
+        catchers = [Catcher(block, self._in_tuple) for block in self.blocks]
         hidden = self._pass_through(ids, catchers)
         self._arguments = [catcher.arguments for catcher in catchers]
         self._free(names)
         return hidden
 
-    def _pass_through(self, ids: torch.Tensor, catchers: list[_Catcher]) -> torch.Tensor:
+    def _returns_tuples(self, ids: torch.Tensor) -> bool:
+        """Whether the decoder takes what a block returns for a tuple; ids: two windows, as some
+        take one window for many. Raises FluteError where it runs with neither."""
+        failed = ""
+        for in_tuple in (False, True):
+            catchers = [Catcher(block, in_tuple) for block in self.blocks]
+            try:
+                with self._told(), self._stack_of(catchers):
+                    output = self._decoder(input_ids=ids.to(self.device), use_cache=False)[0]
+            except FluteError as error:
+                failed = failed or error.why
+                continue
+            shapes = {None if c.hidden is None else c.hidden.shape for c in catchers}
+            if len(shapes) == 1 and output.shape[:2] == ids.shape:
+                return in_tuple
+            failed = failed or f"its blocks read different shapes: {shapes}"
+        raise self._unsupported(failed)
+
+    def _pass_through(self, ids: torch.Tensor, catchers: list[Catcher]) -> torch.Tensor:
         parts = []
         with self._stack_of(catchers):
             for batch in ids.split(self.batch):
                 self._decoder(input_ids=batch.to(self.device), use_cache=False)
                 parts.append(catchers[0].hidden.cpu())
-        shapes = {None if c.hidden is None else c.hidden.shape for c in catchers}
-        if len(shapes) > 1:
-            raise self._unsupported(f"its blocks read different shapes: {shapes}")
+        for index, catcher in enumerate(catchers):
+            if catcher.differing is not None:
+                raise self._unsupported(
+                    f"block {index} is given an argument that differs from text to text: "
+                    f"{catcher.differing}"
+                )
         return torch.cat(parts)
 
     @contextmanager
@@ -91,10 +141,10 @@ class BlockRunner:
         embedding = self.model.get_input_embeddings()
         names = self._outside(self._of_head() | {id(p) for p in embedding.parameters()})
         self._fill(self.model, {name: self._load(name) for name in names})
-        self._arguments.append({})
+        self._arguments.append(((), {}))
 
         def decode(hidden: torch.Tensor) -> torch.Tensor:
-            with self._stack_of([_Source(self.blocks[0], hidden)]):
+            with self._stack_of([Source(self.blocks[0], hidden, self._in_tuple)]):
                 # Its own first step is on these instead of embeddings; the block drops the result.
                 return self._decoder(inputs_embeds=hidden, use_cache=False)[0]
 
@@ -154,7 +204,8 @@ class BlockRunner:
     def run(self, block: nn.Module, index: int, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Outputs of a block for each batch of its inputs, on the CPU, in order."""
         for batch in hidden.split(self.batch):
-            output = block(batch.to(self.device), **self._arguments[index])
+            args, kwargs = self._arguments[index]
+            output = block(batch.to(self.device), *args, **kwargs)
             yield (output[0] if isinstance(output, tuple) else output).cpu()
 
     def stored_name(self, index: int, module: str) -> str | None:
@@ -200,58 +251,8 @@ class BlockRunner:
             "cannot run this architecture block by block",
             where=f"{self.checkpoint.folder}: {type(self.model).__name__}",
             why=why,
-            fix="use a recipe that needs no activations: --recipe fast",
+            fix=_WITHOUT,
         )
-
-
-class _Standin(nn.Module):
-    """Stands for a block: decoders look at attributes of it, such as the kind of attention."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_block"), name)
-
-
-class _Catcher(_Standin):
-    """Notes its arguments, hands its input on."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        self.hidden: torch.Tensor | None = None
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        self.arguments = {**kwargs, "use_cache": False, "past_key_values": None}
-        return self.hidden
-
-
-class _Source(_Standin):
-    """Stands for all blocks: whatever it is given, it hands on what they would."""
-
-    def __init__(self, block: nn.Module, hidden: torch.Tensor) -> None:
-        super().__init__(block)
-        self.hidden = hidden
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.hidden
-
-
-class Tail(nn.Module):
-    """From the output of the last block to what the head reads, which ``head`` is given."""
-
-    def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.decode, self.head = decode, nn.Identity()
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head(self.decode(hidden))
 
 
 def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -292,5 +293,5 @@ def _model_without_weights(checkpoint: Checkpoint) -> nn.Module:
             "cannot build the model that config.json describes",
             where=str(checkpoint.folder / "config.json"),
             why=f"{type(error).__name__}: {error}",
-            fix="correct config.json, or use a recipe that needs no activations: --recipe fast",
+            fix=f"correct config.json, or {_WITHOUT}",
         ) from error

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.quantize.activations import observe
+from flute_vllm.quantize.activations import not_run, observe
 from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.calibration import NONE, RANDOM, Windows, cut, draw
 from flute_vllm.quantize.journal import SCRATCH
@@ -27,6 +27,7 @@ from flute_vllm.quantize.tensor import load_group
 from flute_vllm.writer import fsync, writing
 
 logger = logging.getLogger(__name__)
+_PROBED_TOKENS = 64  # of a window, to see whether a model runs at all
 # make(group, weight, statistics, target): weight as stored, target in place of it if not None
 Make = Callable[[tuple[str, ...], torch.Tensor, Statistics, torch.Tensor | None], State]
 
@@ -136,6 +137,8 @@ class ActivationStream:
             next(self.runner.run(block, index, self.hidden[: self.runner.batch]))
         for hook in hooks:
             hook.remove()
+        if len(seen) < len(by_leaf):
+            raise not_run(next(name for name in by_leaf if name not in seen))
         return [by_leaf[name] for name in seen]
 
     def _put(
@@ -207,7 +210,9 @@ def open_stream(
     if windows is None or plan.recipe.needs not in (RANDOM, "activations"):
         return None
     try:
-        return ActivationStream(checkpoint, plan, windows, device)
+        stream = ActivationStream(checkpoint, plan, windows, device)
+        stream.runner.probe(windows.ids[:2, :_PROBED_TOKENS])
+        return stream
     except FluteError as error:
         if plan.recipe.needs != RANDOM:
             raise
