@@ -43,28 +43,33 @@ def check_complete(checkpoint: Checkpoint, quantized: set[str]) -> None:
 
 
 def _parameter_names(checkpoint: Checkpoint) -> tuple[list[str] | None, str]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:  # transformers 4 renames nothing that matters here
-        renames = None
-    else:
-        renames = get_checkpoint_conversion_mapping(checkpoint.config.get("model_type"))
-    if renames is not None:
-        _warn(checkpoint, "transformers renames this architecture's tensors when loading")
-        return None, ""
+    from flute_vllm.quantize.names import model_class
+
     fields = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     try:
         config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = model_class(config).from_config(config)
     except Exception as error:  # noqa: BLE001 - many kinds; what vLLM can serve is not decided here
         _warn(checkpoint, f"transformers cannot build the model ({type(error).__name__}: {error})")
+        return None, ""
+    if _is_renamed(model):
+        _warn(checkpoint, "transformers renames this architecture's tensors when loading")
         return None, ""
     # Tied parameters are one object, which named_parameters gives once.
     model.tie_weights()
     return [name for name, _ in model.named_parameters()], f"{model.base_model_prefix}."
+
+
+def _is_renamed(model: torch.nn.Module) -> bool:
+    """Whether files of this architecture have other names than the model, or other tensors."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # transformers 4 renames nothing that matters here
+        return False
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _warn(checkpoint: Checkpoint, why: str) -> None:

@@ -15,6 +15,7 @@ from flute_vllm.importers import Importer, NativeLayer, find
 from flute_vllm.schema import HEAD, FluteQuantizationConfig
 from flute_vllm.validate import (
     check_values,
+    dense_namesakes,
     is_native,
     module_shape,
     quantized_modules,
@@ -184,19 +185,11 @@ def convert_checkpoint(
     with target:
         _rewrite(source, target, None, tensors, on_module)
         target.copy_extras(source.checkpoint.folder)
-        section = source.importer.native_config(specs, _dense_namesakes(source.checkpoint, specs))
+        section = source.importer.native_config(
+            specs, [HEAD, *dense_namesakes(source.checkpoint, specs)]
+        )
         target.commit({**source.checkpoint.config, "quantization_config": section})
     return target.out
-
-
-def _dense_namesakes(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> list[str]:
-    """Modules stored dense: the head, and those whose namesakes in other blocks are quantized."""
-    leaves = {module.rpartition(".")[2] for module in specs}
-    weights = [
-        name.removesuffix(".weight") for name in checkpoint.tensors if name[-7:] == ".weight"
-    ]
-    dense = [m for m in weights if m not in specs and m.rpartition(".")[2] in leaves]
-    return [HEAD, *dense]
 
 
 def _quantized_source(folder: str | Path) -> NativeSource | ForeignSource:

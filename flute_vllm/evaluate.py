@@ -258,9 +258,11 @@ def load_model(
 
 def load_dense(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model of a folder that is not quantized; see :func:`load_model`."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    from flute_vllm.quantize.names import model_class
+
+    model, report = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(
         str(folder), dtype=dtype, output_loading_info=True
     )
     _check_report(folder, report, type(model).__name__)
@@ -269,9 +271,10 @@ def load_dense(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The dense twin of a quantized folder as a transformers model; see :func:`load_model`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from flute_vllm.convert import dense_state_dict
+    from flute_vllm.quantize.names import model_class
 
     stored, tensors = dense_state_dict(folder)
     fields = {key: value for key, value in stored.items() if key != "quantization_config"}
@@ -279,7 +282,7 @@ def load_twin(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
              for name, tensor in tensors}  # fmt: skip
     with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config))
+        architecture = type(model_class(config).from_config(config))
     # from_pretrained, not load_state_dict: it knows tied weights and renamed checkpoint keys.
     model, report = architecture.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

@@ -6,7 +6,7 @@ inconsistent checkpoint ends with one message instead of wrong output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
 _FIX = "download or quantize the checkpoint again"
 
@@ -223,21 +225,26 @@ def _check_dense(
     checkpoint: Checkpoint, config: FluteQuantizationConfig, specs: dict[str, LayerSpec]
 ) -> None:
     """A dense matrix whose namesakes in other blocks are quantized must be listed as dense."""
-    leaves = {module.rpartition(".")[2] for module in specs}
-    for name, info in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if (
-            suffix == "weight"
-            and len(info.shape) == 2
-            and module.rpartition(".")[2] in leaves
-            and config.spec_for(module) is not None
-        ):
+    for module in dense_namesakes(checkpoint, specs):
+        if config.spec_for(module) is not None:
+            info = checkpoint.tensors[f"{module}.weight"]
             raise FluteError(
                 "dense weight where a quantized one is expected",
-                where=f"{info.file}: {name}",
+                where=f"{info.file}: {info.name}",
                 why=f"{module} is not in modules_to_not_convert, and has no qweight",
                 fix=f"add {module!r} to modules_to_not_convert, or " + _FIX,
             )
+
+
+def dense_namesakes(checkpoint: Checkpoint, modules: Iterable[str]) -> list[str]:
+    """Modules with a dense weight [N, K] whose last name one of ``modules`` has, too."""
+    modules = set(modules)
+    leaves = {module.rpartition(".")[2] for module in modules}
+    stored = (
+        (name.rpartition(".")[0], info) for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    )  # fmt: skip
+    return [m for m, _ in stored if m.rpartition(".")[2] in leaves and m not in modules]
 
 
 def _check_fused(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.activations import observe
 from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.model import quantize_checkpoint
+from flute_vllm.quantize.names import model_class
 from flute_vllm.quantize.plan import QuantizeSettings
 from flute_vllm.validate import validate_checkpoint
 
@@ -34,6 +35,36 @@ RUN = {
     "phi": {},
     "stablelm": {},
 }
+TEXT = {**COMMON, "head_dim": 32}
+VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+}  # fmt: skip
+# Models that read images, whose decoders lie elsewhere on disk than in transformers, most of them.
+MULTIMODAL = {
+    "gemma3": {"text_config": TEXT, "vision_config": VISION},
+    "llava": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**VISION, "model_type": "clip_vision_model"},
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral"},
+        "vision_config": {**VISION, "model_type": "pixtral"},
+    },
+    "paligemma": {
+        "text_config": {**TEXT, "model_type": "gemma"}, "projection_dim": 64,
+        "vision_config": {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    },
+    "qwen2_5_vl": {
+        "text_config": {
+            **TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
+}  # fmt: skip
 NOT_RUN = {
     "gemma3n_text": {
         **PER_LAYER, "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 32,
@@ -55,7 +86,7 @@ def write_model(folder, kind: str, changes: dict):
         if hasattr(known, name) and own_name(name, known) not in changes
     }  # fmt: skip
     config = AutoConfig.for_model(kind, **{**common, **changes})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model_class(config).from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -67,12 +98,33 @@ def test_moments_are_those_of_the_whole_model(kind, layers, tmp_path):
     if kind == "gpt_neo":
         fields["attention_types"] = [[["global", "local"][:layers], 1]]
     fields[depth or "num_hidden_layers"] = layers
-    folder = write_model(tmp_path / "dense", kind, fields)
+    check_moments(write_model(tmp_path / "dense", kind, fields))
+
+
+@pytest.mark.parametrize("kind", sorted(MULTIMODAL))
+def test_the_decoder_of_a_model_that_reads_images_is_quantized(kind, tmp_path):
+    folder = write_model(tmp_path / "dense", kind, MULTIMODAL[kind])
+    check_moments(folder)
+    settings = QuantizeSettings(device="cpu", samples=4, length=32, group_size=32)
+    report = quantize_checkpoint(folder, tmp_path / "out", settings)
+    config = validate_checkpoint(Checkpoint(tmp_path / "out"))
+    assert len(report["modules"]) == 14
+    assert not [name for name in report["modules"] if "vision" in name or "visual" in name]
+    stored = Checkpoint(folder).tensors.items()
+    seeing = [name for name, info in stored if ("vision" in name or "visual" in name)
+              and name.endswith("proj.weight") and len(info.shape) == 2]  # fmt: skip
+    assert seeing
+    assert all(config.is_skipped(name.removesuffix(".weight")) for name in seeing)
+
+
+def check_moments(folder) -> None:
+    """Every linear layer of every block, and the head, read what they read in the whole model."""
     runner = BlockRunner(Checkpoint(folder), torch.device("cpu"))
     ids = torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(1))
     runner.probe(ids[:2])
     hidden = runner.embed(ids, at_once=96)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder)
+    model = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
     seen: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):

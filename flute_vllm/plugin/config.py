@@ -39,6 +39,9 @@ class FluteConfig(QuantizationConfig):
         self.importer = importer
         # Quantized modules of the checkpoint, None while its headers were not read.
         self.quantized_modules: frozenset[str] | None = None
+        # Native checkpoints: every stored matrix by the checkpoint's name and, once vLLM's are
+        # known, by vLLM's; None for a dense one.
+        self.stored: dict[str, LayerSpec | None] = {}
         self.order = LayerOrder()
 
     def __repr__(self) -> str:
@@ -84,6 +87,9 @@ class FluteConfig(QuantizationConfig):
 
             validate_checkpoint(checkpoint)
             self.quantized_modules = frozenset(quantized_modules(checkpoint))
+            dense = (n.removesuffix(".weight") for n in checkpoint.tensors if n[-7:] == ".weight")
+            self.stored = dict.fromkeys(dense)
+            self.stored.update({m: self.schema.spec_for(m) for m in self.quantized_modules})
             check_complete(checkpoint, set(self.quantized_modules))
             return
         # What the folder says beyond the parsed file (tile hints) belongs to the importer too.
@@ -101,6 +107,9 @@ class FluteConfig(QuantizationConfig):
         """Adds vLLM's module names to those of the checkpoint in the config's patterns."""
         if self.schema is None:
             return
+        for name, spec in list(self.stored.items()):
+            for renamed in hf_to_vllm_mapper.apply_list([name]):
+                self.stored.setdefault(renamed, spec)
 
         def both(pattern: str) -> list[str]:
             is_name = not pattern.startswith("re:")
@@ -122,12 +131,12 @@ class FluteConfig(QuantizationConfig):
             return self._head_method(prefix)
         if not isinstance(layer, LinearBase):
             return None
-        modules = self.checkpoint_modules(prefix)
         if self.importer is not None:
+            modules = self.checkpoint_modules(prefix)
             if self.quantized_modules is not None and not self._has_quantized(modules):
                 return UnquantizedLinearMethod()
             return ForeignLinearMethod(prefix, self.importer, modules, self.order)
-        spec = self.common_spec(prefix, modules)
+        spec = self.common_spec(prefix, self.stored_modules(prefix))
         return (
             UnquantizedLinearMethod()
             if spec is None
@@ -150,9 +159,22 @@ class FluteConfig(QuantizationConfig):
         parts = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}.{part}" if parent else part for part in parts]
 
+    def stored_modules(self, prefix: str) -> list[str]:
+        """The modules of :meth:`checkpoint_modules` that are there, as far as headers were read.
+
+        vLLM's packed names are those of its usual checkpoints: a matrix may be fused on disk
+        already (gate_up_proj of GLM-4), or lack a part (v_proj where values are the keys).
+        """
+        parts = self.checkpoint_modules(prefix)
+        if self._find(prefix) is not None:
+            return [prefix]
+        found = [module for module in parts if self._find(module) is not None]
+        return found or parts
+
     def common_spec(self, prefix: str, modules: list[str]) -> LayerSpec | None:
-        """Spec shared by the fused matrices. Raises FluteError when they differ."""
-        specs = {module: self.schema.spec_for(module) for module in modules}
+        """Spec shared by the fused matrices, None for dense ones. Raises FluteError when they
+        differ."""
+        specs = {module: self._spec(module) for module in modules}
         if len(set(specs.values())) > 1:
             listing = ", ".join(
                 f"{module.rpartition('.')[2]}: {_describe(spec)}" for module, spec in specs.items()
@@ -163,6 +185,25 @@ class FluteConfig(QuantizationConfig):
                 fix="requantize with the same bits and group size for all of them",
             )  # fmt: skip
         return specs[modules[0]]
+
+    def _spec(self, module: str) -> LayerSpec | None:
+        """What the checkpoint says of a module: what is stored, else what the config expects."""
+        name = self._find(module)
+        if name is not None:
+            return self.stored[name]
+        quantized = (other for other, spec in self.stored.items() if spec is not None)
+        leaf = module.rpartition(".")[2]
+        # Layers that vLLM adds to a model (the score of a reranker) are in no checkpoint of ours.
+        if self.stored and all(other.rpartition(".")[2] != leaf for other in quantized):
+            return None
+        return self.schema.spec_for(module)
+
+    def _find(self, module: str) -> str | None:
+        """The stored name of a module; vLLM may prefix it (language_model.model...)."""
+        parts = module.split(".")
+        # A last component alone (a top-level fc) says nothing about a module deep inside.
+        names = (".".join(parts[first:]) for first in range(max(1, len(parts) - 1)))
+        return next((name for name in names if name in self.stored), None)
 
     def _has_quantized(self, modules: list[str]) -> bool:
         """Whether the checkpoint's headers have one of these modules quantized."""

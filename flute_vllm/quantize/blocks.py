@@ -16,8 +16,8 @@ from torch import nn
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
+from flute_vllm.quantize.names import StoredNames, model_class
 from flute_vllm.quantize.standins import Catcher, Source, Tail
-from flute_vllm.quantize.structure import decoder_stacks, name_candidates
 from flute_vllm.quantize.tensor import check_finite
 
 _TOKENS_AT_ONCE = 4096  # of one forward pass; bounds the memory of attention and MLP
@@ -39,12 +39,12 @@ class BlockRunner:
         self.checkpoint, self.device = checkpoint, device
         self.model = _model_without_weights(checkpoint)
         self.model.eval()
-        stacks = decoder_stacks(self.model)
+        self.names = StoredNames(self.model, checkpoint)
+        stacks = self.names.stacks
         if len(stacks) != 1:
             raise self._unsupported(f"it has {len(stacks)} stacks of blocks: {', '.join(stacks)}")
         self.stack = stacks[0]
         self.blocks: nn.ModuleList = self.model.get_submodule(self.stack)
-        self.prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         stored = {i.dtype for i in checkpoint.tensors.values() if i.dtype.is_floating_point}
         narrow = torch.bfloat16 if torch.bfloat16 in stored else torch.float16
         wide = device.type == "cpu" or stored == {torch.float32}
@@ -174,10 +174,12 @@ class BlockRunner:
         return set() if head is None else {id(p) for p in head.parameters()}
 
     def _outside(self, left_out: set[int]) -> list[str]:
-        """Names of the parameters that belong to no block, without those in ``left_out`` by id."""
+        """Names of the decoder's parameters that belong to no block, without those in ``left_out``
+        by id."""
+        wanted = {id(p) for p in self._decoder.parameters()} - left_out
         return [
             name for name, parameter in self.model.named_parameters()
-            if not self._is_inside(name) and id(parameter) not in left_out
+            if not self._is_inside(name) and id(parameter) in wanted
         ]  # fmt: skip
 
     def _free(self, names: list[str]) -> None:
@@ -208,28 +210,18 @@ class BlockRunner:
             output = block(batch.to(self.device), *args, **kwargs)
             yield (output[0] if isinstance(output, tuple) else output).cpu()
 
-    def stored_name(self, index: int, module: str) -> str | None:
-        """Checkpoint name of a module of a block, by its name inside the block."""
-        return self._find(f"{self.stack}.{index}.{module}.weight", ".weight")
-
     def check_names(self) -> None:
         """Raises FluteError unless the checkpoint has every parameter, so before any work."""
-        left_out = self._of_head()
+        wanted = {id(p) for p in self._decoder.parameters()} - self._of_head()
         for name, parameter in self.model.named_parameters():
-            if id(parameter) not in left_out and self._find(name) is None:
+            if id(parameter) in wanted and self.names.parameter(name) is None:
                 raise self._unsupported(f"the checkpoint has no tensor {name}")
 
     def _is_inside(self, name: str) -> bool:
         return name.startswith(f"{self.stack}.")
 
-    def _find(self, parameter: str, cut: str = "") -> str | None:
-        for candidate in name_candidates(parameter, self.prefix):
-            if candidate in self.checkpoint.tensors:
-                return candidate.removesuffix(cut)
-        return None
-
     def _load(self, parameter: str) -> torch.Tensor:
-        name = self._find(parameter)
+        name = self.names.parameter(parameter)
         if name is None:
             raise self._unsupported(f"the checkpoint has no tensor {parameter}")
         tensor = self.checkpoint.load(name)
@@ -282,12 +274,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _model_without_weights(checkpoint: Checkpoint) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with _parameters_on_meta():
             config = AutoConfig.from_pretrained(checkpoint.folder)
-            return AutoModelForCausalLM.from_config(config)
+            return model_class(config).from_config(config)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
         raise FluteError(
             "cannot build the model that config.json describes",

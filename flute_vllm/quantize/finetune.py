@@ -30,11 +30,11 @@ from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec, unpack
 from flute_vllm.quantize.calibration import Windows
+from flute_vllm.quantize.names import StoredNames, decoder_stacks
 from flute_vllm.quantize.plan import Plan
 from flute_vllm.quantize.recipes import Finetuning
 from flute_vllm.quantize.scales import round_scales
 from flute_vllm.quantize.state import sum_by_index
-from flute_vllm.quantize.structure import decoder_stacks, name_candidates
 from flute_vllm.writer import whole_file
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def tune_scales(
     try:
         _check_room(parameters * dtype.itemsize, plan.weights, device)
         model = load_dense(folder, dtype).eval().requires_grad_(False).to(device)
-        layers = _replace_linears(model, output, plan, device)
+        layers = _replace_linears(model, checkpoint, output, plan, device)
         if is_large and hasattr(model, "gradient_checkpointing_enable"):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             # Blocks look at their own flag; that of what is inside would switch dropout on.
@@ -268,14 +268,13 @@ class _Tuner:
 
 
 def _replace_linears(
-    model: nn.Module, output: Path, plan: Plan, device: torch.device
+    model: nn.Module, checkpoint: Checkpoint, output: Path, plan: Plan, device: torch.device
 ) -> dict[str, TunedLinear]:
     """The layers that are tuned, by checkpoint name."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = StoredNames(model, checkpoint)
     linears = {
-        stored: name
-        for name, module in model.named_modules() if isinstance(module, nn.Linear)
-        for stored in name_candidates(name, prefix) if stored in plan.specs
+        stored: name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (stored := names.matrix(name)) in plan.specs
     }  # fmt: skip
     lost = [module for module in plan.specs if module not in linears]
     if lost:

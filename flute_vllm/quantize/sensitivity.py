@@ -19,8 +19,8 @@ from flute_vllm.errors import FluteError
 from flute_vllm.quantize.allocate import Group
 from flute_vllm.quantize.codebooks import Codebook
 from flute_vllm.quantize.lloyd import learn_table
+from flute_vllm.quantize.names import StoredNames
 from flute_vllm.quantize.state import Statistics
-from flute_vllm.quantize.structure import name_candidates
 from flute_vllm.quantize.tensor import start_state
 from flute_vllm.writer import whole_file
 
@@ -88,16 +88,14 @@ def _log_probabilities(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _by_stored_name(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = StoredNames(model, checkpoint)
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            for candidate in name_candidates(name, prefix):
-                if f"{candidate}.weight" in checkpoint.tensors:
-                    # A head that was tied to the embeddings must not change them.
-                    module.weight = nn.Parameter(module.weight.data, requires_grad=False)
-                    found[candidate] = module
-                    break
+        stored = names.matrix(name) if isinstance(module, nn.Linear) else None
+        if stored is not None:
+            # A head that was tied to the embeddings must not change them.
+            module.weight = nn.Parameter(module.weight.data, requires_grad=False)
+            found[stored] = module
     return found
 
 

@@ -16,13 +16,16 @@ import torch
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.schema import HEAD
-from flute_vllm.validate import fused_siblings
+from flute_vllm.quantize.names import (
+    StoredNames,
+    dense_by_architecture,
+    model_class,
+    why_head_stays_dense,
+)
+from flute_vllm.schema import HEAD, module_matches
+from flute_vllm.validate import dense_namesakes, fused_siblings
 
 EXPERTS = "experts"
-# Architectures, by model_type, whose logits vLLM computes from the embeddings whatever config.json
-# says: it asserts that they are tied.
-ALWAYS_TIED = ("cohere", "cohere2", "gemma2", "gemma3n_text")
 
 
 @dataclass
@@ -58,10 +61,10 @@ def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection
         with_head: the output head counts as one of them.
     """
     model = meta_model(checkpoint)
-    head = _stored_head(model, checkpoint) if with_head else None
-    stacks = decoder_stacks(model)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    selection = Selection(blocks=_stored_blocks(model, stacks, prefix, checkpoint))
+    names = StoredNames(model, checkpoint)
+    head = _stored_head(model, names) if with_head else None
+    selection = Selection(blocks=names.blocks(model))
+    kept, reason = dense_by_architecture(model)
     routers: list[str] = []
     experts = 0
     for name, module in model.named_modules():
@@ -70,9 +73,11 @@ def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection
         if EXPERTS in name.split("."):
             experts += 1
             continue
-        stored = _stored_name(name, prefix, checkpoint)
-        inside = any(name.startswith(f"{stack}.") for stack in stacks)
-        if inside and _is_router(model, name, module):
+        stored = names.matrix(name)
+        inside = any(name.startswith(f"{stack}.") for stack in names.stacks)
+        if inside and any(module_matches(pattern, name) for pattern in kept):
+            selection.dense.append(stored or name)
+        elif inside and _is_router(model, name, module):
             routers.append(stored or name)
             selection.dense.append(stored or name)
         elif (inside or module is head) and stored is not None:
@@ -92,25 +97,44 @@ def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection
         selection.notes.append("experts of mixture-of-experts layers stay dense")
     if routers:
         selection.notes.append(f"{len(routers)} mixture-of-experts routers stay dense")
+    if kept:
+        selection.notes.append(f"{', '.join(kept)} stay dense: {reason}")
     if not selection.linears:
         raise FluteError(
             "nothing to quantize",
             where=str(checkpoint.folder),
             why=f"{type(model).__name__} has no torch.nn.Linear in its decoder blocks "
-            f"({', '.join(stacks) or 'none found'}) whose weight is in the checkpoint",
+            f"({', '.join(names.stacks) or 'none found'}) whose weight is in the checkpoint"
+            + "".join(f"; {note}" for note in selection.notes),
             fix="check that config.json belongs to these weights",
         )
+    _keep_unknown(selection, checkpoint)
     return selection
+
+
+def _keep_unknown(selection: Selection, checkpoint: Checkpoint) -> None:
+    """Stored matrices that transformers' model lacks (blocks that predict further tokens, more
+    blocks than config.json says) stay dense, as the modules of their names must be told apart."""
+    unknown = [
+        module for module in dense_namesakes(checkpoint, selection.linears)
+        if not any(module_matches(pattern, module) for pattern in selection.dense)
+    ]  # fmt: skip
+    selection.dense += unknown
+    if unknown:
+        selection.notes.append(
+            f"{len(unknown)} matrices stay dense, as transformers' model of config.json does not "
+            f"have them; the first is {unknown[0]}"
+        )
 
 
 def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
     """The model of config.json without weights. Raises FluteError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return model_class(config).from_config(config)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
         message = str(error).strip().splitlines() or [""]
         raise FluteError(
@@ -122,83 +146,32 @@ def meta_model(checkpoint: Checkpoint) -> torch.nn.Module:
         ) from error
 
 
-def _stored_head(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Module:
+def _stored_head(model: torch.nn.Module, names: StoredNames) -> torch.nn.Module:
     """The head to quantize; one that is tied to the embeddings is given a weight of its own.
 
     Raises FluteError where the model has no head, or vLLM would not read it.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    names = {module: name for name, module in model.named_modules()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    kind = model.config.get_text_config().model_type
+    own_names = {module: name for name, module in model.named_modules()}
     model.tie_weights()
-    why = ""
+    why = why_head_stays_dense(model)
     if not isinstance(head, torch.nn.Linear):
         why = f"{type(model).__name__} has no torch.nn.Linear as its head"
-    elif head.weight is embeddings.weight and kind in ALWAYS_TIED:
-        why = f"vLLM computes logits of {kind} models from their embeddings, which stay dense"
-    else:
-        is_tied = head.weight is embeddings.weight and not checkpoint.has_own_head
-        source = names[embeddings if is_tied else head]
-        stored = _stored_name(source, prefix, checkpoint)
+    elif not why:
+        is_tied = head.weight is embeddings.weight and not names.checkpoint.has_own_head
+        source = own_names[embeddings if is_tied else head]
+        stored = names.matrix(source)
         if stored is None:
             why = f"the checkpoint has no {source}.weight [N, K]"
         elif is_tied:
-            checkpoint.untie_head(names[head], stored)
+            names.checkpoint.untie_head(own_names[head], stored)
     if why:
         raise FluteError(
             "the head cannot be quantized",
-            where=f"{checkpoint.folder}: {names.get(head) or HEAD}", why=why,
+            where=f"{names.checkpoint.folder}: {own_names.get(head) or HEAD}", why=why,
             fix="leave out --lm-head",
         )  # fmt: skip
     return head
-
-
-def decoder_stacks(model: torch.nn.Module) -> list[str]:
-    """Names of the outermost ModuleLists as long as the decoder is deep.
-
-    Other lists (vision towers, per-expert lists) differ in length or lie inside a block.
-    """
-    text_config = model.config.get_text_config()
-    depth = getattr(text_config, "num_hidden_layers", None)
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module)
-    }
-    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    decoder = getattr(model, "get_decoder", lambda: None)()
-    own = {id(module) for module in decoder.modules()} if decoder is not None else set()
-    fitting = [n for n in outermost if len(lists[n]) == depth and (not own or id(lists[n]) in own)]
-    return fitting or outermost
-
-
-def _stored_blocks(
-    model: torch.nn.Module, stacks: list[str], prefix: str, checkpoint: Checkpoint
-) -> list[str]:
-    blocks = []
-    for stack in stacks:
-        for candidate in name_candidates(stack, prefix):
-            if any(name.startswith(f"{candidate}.0.") for name in checkpoint.tensors):
-                blocks += [f"{candidate}.{i}" for i in range(len(model.get_submodule(stack)))]
-                break
-    return blocks
-
-
-def name_candidates(name: str, prefix: str) -> list[str]:
-    """How a checkpoint may call a module: so, or with or without the prefix of the base model."""
-    candidates = [name, f"{prefix}{name}"]
-    if name.startswith(prefix):
-        candidates.append(name.removeprefix(prefix))
-    return candidates
-
-
-def _stored_name(name: str, prefix: str, checkpoint: Checkpoint) -> str | None:
-    for candidate in name_candidates(name, prefix):
-        info = checkpoint.tensors.get(f"{candidate}.weight")
-        if info is not None and len(info.shape) == 2 and info.dtype.is_floating_point:
-            return candidate
-    return None
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, module: torch.nn.Linear) -> None:
