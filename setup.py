@@ -78,6 +78,8 @@ def torch_paths() -> tuple[Path, Path]:
 
 def cuda_arch_flags() -> list[str]:
     archs = os.environ.get("FLUTE_CUDA_ARCHS", "8.0 8.6 8.9 9.0a").replace(".", "").split()
+    # Hopper's kernels exist only in code for sm_90a, which every GPU of capability 9.0 runs.
+    archs = ["90a" if arch == "90" else arch for arch in archs]
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     # For GPUs newer than any of them the driver compiles PTX: 8.9's, as the tables of 8.0's need
     # more shared memory than 12.x has. 8.0's is for builds that leave 8.0 out.

@@ -72,6 +72,10 @@ FluteMatrix make_matrix(const char* op, const Tensor& scales, const Tensor& tabl
                         const std::vector<int64_t>& part_sizes, int64_t bits, int64_t group_size,
                         int64_t k) {
   FluteMatrix matrix{};
+  FLUTE_CHECK(
+      scales.scalar_type() == ScalarType::BFloat16 || scales.scalar_type() == ScalarType::Half, op,
+      "scales", ("dtype ", name_of(scales.scalar_type()), " in the internal layout"),
+      ("pass scales of the dtype that flute::repack was given, fp16 or bf16"));
   FLUTE_CHECK(!part_sizes.empty() && part_sizes.size() <= FLUTE_MAX_PARTS, op, "part_sizes",
               (part_sizes.size(), " parts; the GPU layout has 1 to ", FLUTE_MAX_PARTS),
               ("keep the canonical tensors for this layer"));
@@ -94,6 +98,11 @@ FluteMatrix make_matrix(const char* op, const Tensor& scales, const Tensor& tabl
 FluteMatrix check_records(const char* op, const Tensor& qweight, const Tensor& scales,
                           const Tensor& table, const std::vector<int64_t>& part_sizes, int64_t bits,
                           int64_t group_size, int64_t k) {
+  FLUTE_CHECK(
+      qweight.is_cuda() && qweight.scalar_type() == ScalarType::Int && qweight.is_contiguous(), op,
+      "qweight",
+      (name_of(qweight.scalar_type()), " ", shape_of(qweight), " in the internal layout"),
+      ("pass what flute::repack returned, on the GPU of x"));
   const FluteMatrix matrix = make_matrix(op, scales, table, part_sizes, bits, group_size, k);
   const int64_t words = flute_record_words(&matrix);
   FLUTE_CHECK(words == qweight.numel(), op, "qweight",
@@ -107,7 +116,7 @@ FluteMatrix check_records(const char* op, const Tensor& qweight, const Tensor& s
   const int64_t entries = int64_t(1) << (matrix.pair_table ? 2 * bits + 1 : bits);
   FLUTE_CHECK(table.numel() == entries * matrix.parts &&
                   table.scalar_type() == scales.scalar_type() && table.is_contiguous() &&
-                  table.is_cuda(),
+                  table.is_cuda() && table.get_device_index() == qweight.get_device_index(),
               op, "table", ("shape ", shape_of(table), " for ", matrix.parts, " parts"),
               ("stack one table for each part, in the dtype of scales"));
   FLUTE_CHECK(reinterpret_cast<uintptr_t>(table.data_ptr()) % 4 == 0, op, "table",
@@ -163,9 +172,12 @@ PlanEntry plan_entry(const std::vector<int64_t>& plan, int64_t m) {
 }
 
 // The records that the kernels ask for ahead: `next` is the qweight of the layer that runs next.
-FluteAhead ahead_of(const std::optional<Tensor>& next, int64_t next_bytes) {
+// None where it lies elsewhere than on `device`: a layer that vLLM offloads waits on the host for
+// its turn, and what is only a hint must neither fail the call nor name memory out of reach.
+FluteAhead ahead_of(const std::optional<Tensor>& next, int64_t next_bytes, int32_t device) {
   if (!next.has_value() || next_bytes <= 0) return {};
-  FLUTE_CHECK(is_internal(*next) && next->is_cuda() && next->is_contiguous() &&
+  if (!next->is_cuda() || next->get_device_index() != device) return {};
+  FLUTE_CHECK(is_internal(*next) && next->is_contiguous() &&
                   reinterpret_cast<uintptr_t>(next->data_ptr()) % 16 == 0,
               "gemm", "next", ("shape ", shape_of(*next)),
               ("pass the repacked qweight of the next layer"));
@@ -198,6 +210,9 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
               ("convert x, or repack with scales of its dtype"));
   FluteMatrix matrix =
       check_records("gemm", qweight, scales, table, part_sizes, bits, group_size, k);
+  FLUTE_CHECK(x.get_device_index() == qweight.get_device_index(), "gemm", "x",
+              ("it is on GPU ", x.get_device_index(), ", qweight on ", qweight.get_device_index()),
+              ("move all tensors of the call to one device"));
   const int64_t m = x.numel() / k;
   FLUTE_CHECK(m < (int64_t(1) << 31), "gemm", "x", (m, " rows"), ("pass fewer rows"));
   if (m == 0) return empty_output(x, activation ? matrix.n / 2 : matrix.n);
@@ -216,7 +231,7 @@ Tensor gemm_records(const Tensor& x, const Tensor& qweight, const Tensor& scales
   const void *from = input.data_ptr(), *records = qweight.data_ptr(), *values = table.data_ptr();
   void *to = y.mutable_data_ptr(), *stream = current_stream(qweight.get_device_index());
   const auto& c = entry.config;
-  const FluteAhead ahead = ahead_of(next, next_bytes);
+  const FluteAhead ahead = ahead_of(next, next_bytes, qweight.get_device_index());
   int error = 0;
   switch (entry.kernel) {
     case kDecode:

@@ -15,6 +15,7 @@
 namespace flute {
 
 constexpr int kMaxDevices = 64;
+constexpr int kMaxGridY = 65535;  // blocks of a launch, by CUDA
 
 inline int log2_of(int power) {
   return power <= 1 ? 0 : 1 + log2_of(power / 2);
@@ -135,7 +136,10 @@ int launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int sha
     attributes[launch.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     launch.numAttrs++;
   }
-  return cudaLaunchKernelEx(&launch, kernel, static_cast<Arguments&&>(arguments)...);
+  const cudaError_t error =
+      cudaLaunchKernelEx(&launch, kernel, static_cast<Arguments&&>(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();  // ours to tell, not for torch's next kernel
+  return error;
 }
 
 }  // namespace flute

@@ -3,7 +3,8 @@
 // A record holds 16 rows x 128 columns: the codes, then the scales of those rows and columns, so
 // that one contiguous copy brings all that the tensor cores need. Records are ordered
 // [row tile][k tile]; every part of a fused matrix begins a new row tile, so a tile has one table.
-// Rows past the end of a part and columns past k have scale 0.
+// Rows past the end of a part have scale 0, as have groups past k; columns past k in the last group
+// (of rows with one scale) have code 0, and meet an x of 0.
 //
 //   record = codes (256 * bits bytes) | scales (32 bytes for each group in the tile, at least one)
 //

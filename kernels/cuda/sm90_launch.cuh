@@ -93,6 +93,8 @@ int launch_sm90_shape(const FluteMatrix& matrix, const FluteSm90Config& config, 
         params.first_block[i] +
         ceil_div(ceil_div(matrix.part_rows[i], kTileRows), config.row_tiles);
 
+  if (params.first_block[gated ? 1 : matrix.parts] > kMaxGridY) return kBadConfig;
+
   CUtensorMap x_map;
   if (const int error = map_rows(&x_map, x, m, matrix.k, matrix.dtype, Shape::kColumns))
     return error;
