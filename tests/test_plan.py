@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,37 @@ def test_bit_planes_serve_one_row_at_two_bits(bits, group_size, pair, device, ta
     assert tuning.entries(*layer, pair=pair, environment=wish)[0].kernel == tuning.DECODE
 
 
+@pytest.mark.parametrize("layer", [(4096, 4096, 2, 128), (4096, 4096, 4, 64)])
+def test_an_empty_environment_variable_is_unset(layer):
+    """It left one row at 2 bits, and 9 to 32 rows, to the decode kernel."""
+    plans = [
+        tuning.entries(*layer, (4096,), tuning.H200, overlap=1, environment=environment)
+        for environment in ({}, {tuning.ENVIRONMENT: ""})
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_other_groups_and_pairs_take_their_own_measured_launch_else_the_common_one(monkeypatch):
+    rows = {"4096,4096,64,4": [tuning.SM90, 64, 4, 4, 4, 1, 1, 2]}
+    module = sys.modules["flute_vllm.tuning.plan"]  # the package's name is the function's
+    monkeypatch.setattr(module, "measured", lambda name, section: {"sm90": rows}.get(section, {}))
+
+    def why(group, pair=False, bits=4):
+        layer = (4096, 4096, bits, group, (4096,), tuning.H200)
+        return tuning.entry_of(tuning.entries(*layer, pair=pair, environment={}), 64).why
+
+    common = "measured: configs/tuning/h200.json, entry 4096,4096,64,4"
+    kinds = [(64, False), (32, False), (128, True), (64, True)]
+    assert {why(*kind, bits) for kind in kinds for bits in (2, 3, 4)} == {common}
+    for group, pair in kinds:
+        ending = f",{group}" + ",pair" * pair
+        rows[f"4096,4096,64,4{ending}"] = rows["4096,4096,64,4"]
+        assert {why(group, pair, bits) for bits in (3, 4)} == {common + ending}
+    assert {why(group) for group in (128, 256, -1)} == {common}
+    rows["4096,4096,64,3"] = rows["4096,4096,64,4"]  # rather the bits than the groups
+    assert why(64, bits=3).endswith("entry 4096,4096,64,3")
+
+
 def test_bit_planes_are_left_where_x_is_too_long():
     """Eight blocks have room for planes of some 238,000 columns."""
     problem = tuning.planes.Problem(16, 320000, 1, 2, -1)
@@ -105,9 +137,9 @@ def test_measured_entries_are_legal():
         problem = tuning.planes.Problem(n, k, 1, 2, 128)
         assert tuning.planes.launch(problem, tuning.Config(*numbers), tuning.H200), key
     for key, numbers in tuning.measured("h200", "sm90").items():
-        n, k, m, bits = map(int, key.split(","))
+        n, k, m, bits, group = (*map(int, key.removesuffix(",pair").split(",")), 128)[:5]
         if numbers[0] == tuning.SM90:
-            problem = sm90.Problem(n, k, m, bits, 128)
+            problem = sm90.Problem(n, k, m, bits, group, pair=key.endswith("pair"))
             config = sm90.Config(*numbers[1:])
             assert sm90.complete(problem, config, tuning.H200), key
 

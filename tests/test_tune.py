@@ -16,6 +16,7 @@ from flute_vllm.tuning import DECODE, DENSE, PLANES, SM90, Entry, sm90
 
 LAYER = LinearLayer("o_proj", (4096,), 4096, LayerSpec(4, 128))
 TWO_BITS = LinearLayer("o_proj", (4096,), 4096, LayerSpec(2, 128))
+PAIRS = LinearLayer("o_proj", (4096,), 4096, LayerSpec(2, 128, table_kind="pair"))
 
 
 @pytest.mark.parametrize("m", [16, 64, 256, 4096])
@@ -74,6 +75,71 @@ def test_one_row_at_two_bits_has_a_place_and_launches_of_its_own():
     assert {e.kernel for e in tune.candidates(TWO_BITS, 8, tuning.H200, 50)} == {DECODE}
     current = tune.current_launch(TWO_BITS, 1, tuning.H200)
     assert current.kernel == PLANES
+
+
+@pytest.mark.parametrize("m", [1, 8, 32, 256, 4096])
+def test_pair_tables_get_launches_that_take_them(m):
+    """The kernel of bit planes and the prefill kernel stop a call that has pairs."""
+    assert not tune.takes_one_row(PAIRS, tuning.H200)
+    assert tune.buckets(PAIRS, (1, 2, 8), tuning.H200) == [2, 8]
+    assert tune.served(PAIRS, 2, tuning.H200) == {1, 2}
+    found = tune.candidates(PAIRS, m, tuning.H200, 50)
+    for entry in [*found, tune.current_launch(PAIRS, m, tuning.H200)]:
+        assert entry.kernel in (DECODE, SM90, DENSE)
+        if entry.kernel == SM90:
+            config = sm90.Config(*entry.config)
+            assert sm90.launch(sm90.Problem(*PAIRS.sizes(m)), config, tuning.H200)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "kind", "ending"),
+    [
+        (32, "scalar", ",32"), (64, "scalar", ",64"), (128, "scalar", ""), (256, "scalar", ""),
+        (-1, "scalar", ""), (64, "pair", ",64,pair"), (128, "pair", ",128,pair"),
+        (-1, "pair", ",128,pair"),
+    ],
+)  # fmt: skip
+def test_kinds_of_records_have_places_of_their_own(group_size, kind, ending):
+    spec = LayerSpec(3, group_size, table_kind=kind)
+    layer = LinearLayer("o_proj", (4096,), 2048, spec)
+    for m, place in ((1, "4096,2048,2,3"), (8, "4096,2048,8,3"), (64, "4096,2048,64,3")):
+        section, key = tune.place_of(layer, m, tuning.H200)
+        assert (section, key) == ("decode" if m <= 8 else "sm90", place + ending)
+        if m <= tuning.MAX_ROWS:  # where a plan looks first
+            assert tuning.Problem(*layer.sizes(m)).keys[0] == key
+
+
+def tuned_by(layer, rows, gpu, device, limit):
+    """In place of ``tune_layer``: a winner for each bucket, without a GPU."""
+    for m in rows:
+        yield tune.Tuned(*tune.place_of(layer, m, gpu), (SM90, 16, 4, 4, 4), 1.0, 1)
+
+
+def test_a_file_for_groups_of_128_leaves_those_of_64_to_be_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "tune_layer", tuned_by)
+    monkeypatch.setattr(tuning, "device_of", lambda _: tuning.H200)
+    monkeypatch.setattr(tune.torch.cuda, "current_device", lambda: 0)
+    path = tmp_path / "h200.json"
+
+    def run(group_size: int) -> tuple[int, list[str]]:
+        said: list[str] = []
+        layer = LinearLayer("o_proj", (4096,), 4096, LayerSpec(4, group_size))
+        return tune.tune([layer], path, rows=(1, 16, 64), show=said.append), said
+
+    assert run(128)[0] == 3
+    before = json.loads(path.read_text())
+    added, said = run(64)
+    assert added == len(said) == 3  # nothing kept, nothing said of it
+    after = json.loads(path.read_text())
+    assert set(after["sm90"]) - set(before["sm90"]) == {"4096,4096,16,4,64", "4096,4096,64,4,64"}
+    assert after["sm90"].items() >= before["sm90"].items()
+    for group_size, measured_with in ((64, "groups of 64"), (256, "groups of 128 and longer")):
+        added, (said,) = run(group_size)
+        assert added == 0
+        assert said == (
+            f"o_proj, 4096 x 4096, 4 bits: kept from {path} up to 2, 16, 64 rows, measured with "
+            + measured_with
+        )
 
 
 def test_a_dense_weight_that_takes_too_much_memory_is_no_candidate():

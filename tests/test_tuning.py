@@ -107,8 +107,8 @@ def test_a_wish_from_before_warps_is_told_what_changed():
 
 def test_measured_entries_are_legal():
     for key, numbers in tuning.measured("h200", "decode").items():
-        n, k, width, bits = (int(number) for number in key.split(","))
-        problem = tuning.Problem(n, k, width, bits, 128)
+        n, k, width, bits, group = (*map(int, key.removesuffix(",pair").split(",")), 128)[:5]
+        problem = tuning.Problem(n, k, width, bits, group, pair=key.endswith("pair"))
         assert tuning.complete(problem, tuning.Config(*numbers), tuning.H200) is not None, key
 
 
@@ -146,3 +146,21 @@ def test_few_rows_take_their_own_measured_launch_else_that_of_more(monkeypatch):
     assert [chosen(m) for m in (1, 8)] == [2, 2]
     del rows["4096,4096,2,4"]
     assert [chosen(m) for m in (1, 8)] == [2, 2]
+
+
+@pytest.mark.parametrize(("group", "pair"), [(64, False), (32, False), (128, True), (64, True)])
+def test_groups_and_tables_take_their_own_measured_launch_else_the_common_one(
+    group, pair, monkeypatch
+):
+    """A file of groups of 128 and single values, as the one in the package, serves all of them."""
+    rows = {"4096,4096,2,4": [1, 1], "4096,4096,8,4": [2, 1]}
+    monkeypatch.setattr(tuning.decode, "measured", lambda device, section: rows)
+
+    def chosen(m, *record):
+        problem = tuning.Problem(4096, 4096, m, 4, *(record or (group, (), pair)))
+        return tuning.select(problem, tuning.H200, environment={}).row_tiles
+
+    assert [chosen(m) for m in (1, 8)] == [1, 2]
+    rows[f"4096,4096,8,4,{group}" + ",pair" * pair] = [3, 1]
+    assert [chosen(m) for m in (1, 8)] == [1, 3]
+    assert [chosen(8, *other) for other in ((128,), (256,), (-1,))] == [2, 2, 2]

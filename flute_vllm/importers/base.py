@@ -49,12 +49,14 @@ class Importer(Protocol):
 
     Suffixes are everything after ``<module>.``, so they may hold dots (bitsandbytes has
     ``weight.absmax``), and they may depend on the configuration: nested scales or pair tables
-    add required ones.
+    add required ones. ``tensor_dtypes`` tells the dtype of each suffix's tensor before it is there;
+    where the format leaves a choice, one that holds all of them exactly.
     """
 
     name: str
     required_suffixes: tuple[str, ...]
     ignored_suffixes: tuple[str, ...]
+    tensor_dtypes: Mapping[str, torch.dtype]
 
     @property
     def tensor_suffixes(self) -> tuple[str, ...]:

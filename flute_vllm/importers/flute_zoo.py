@@ -49,6 +49,11 @@ class FluteZoo:
     required_suffixes = ("weight", "scales", "tables")
     ignored_suffixes = ("tables2",)
     tensor_suffixes = required_suffixes + ignored_suffixes
+    # Scales and tables are fp16 or bf16; tables2 has the bits of two of them in a float32.
+    tensor_dtypes = {
+        "weight": torch.int16, "scales": torch.float32, "tables": torch.float32,
+        "tables2": torch.float32,
+    }  # fmt: skip
 
     def __init__(self, config: Mapping[str, Any], where: str = CONFIG_NAME) -> None:
         self._where = where

@@ -64,11 +64,13 @@ class ForeignLinearMethod(FluteLinearMethod):
         for name, parameter in native.items():
             layer.register_parameter(name, parameter)
         # vLLM's reload counts what a loader copies, at most the size of its parameter, and passes
-        # over a layer for which it counted nothing: hence one element, not none.
+        # over a layer for which it counted nothing: hence one element, not none. Its dtype must
+        # hold that of the tensor, or vLLM warns for each tensor of the checkpoint.
         for suffix in self.importer.tensor_suffixes:
             if suffix not in native:
                 placeholder = BasevLLMParameter(
-                    data=torch.zeros(1), weight_loader=collector.loader(suffix)
+                    data=torch.zeros(1, dtype=self.importer.tensor_dtypes[suffix]),
+                    weight_loader=collector.loader(suffix),
                 )
                 layer.register_parameter(suffix, placeholder)
 

@@ -183,10 +183,11 @@ class FluteLinearMethod(LinearMethodBase):
     def _to_gpu_layout(
         self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Codes and scales as the GPU kernels read them; ``scales`` is left as an empty tensor.
+        """Codes and scales as the GPU kernels read them; ``scales`` is left to tell the dtype.
 
-        The kernels compute in the dtype of the activations, so scales and table are converted to
-        it by value. Temporary memory: this layer once more.
+        It keeps one element: vLLM's PrefetchOffloader demands that what it moves is pinned, which
+        a tensor without elements never is. The kernels compute in the dtype of the activations, so
+        scales and table are converted to it by value. Temporary memory: this layer once more.
         """
         scales = tensors["scales"].to(layer.flute_dtype)
         table = tensors["table"].to(layer.flute_dtype)
@@ -202,7 +203,7 @@ class FluteLinearMethod(LinearMethodBase):
             overlap=1,
         )  # fmt: skip
         layer.flute_plan_parts = tuning.by_rows(layer.flute_plan)
-        return {"qweight": records, "scales": scales.new_empty(0), "table": table}
+        return {"qweight": records, "scales": scales.new_zeros(1), "table": table}
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

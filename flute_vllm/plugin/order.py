@@ -3,6 +3,9 @@
 vLLM finishes the layers of a model in the order of its modules, which is the order in which a
 decoder runs them. Where a model runs them otherwise, the hint brings weights too early or for
 nothing, at most ``tuning.ahead_bytes()`` of them a launch; results do not depend on it.
+
+Offloading moves weights after that. A layer on the host ends its list, as the one that is finished
+behind it lies on the GPU at that moment; the op passes over weights that are not on its device.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ class LayerOrder:
 
 
 def next_weight(layer: torch.nn.Module) -> torch.Tensor | None:
-    """``qweight`` of the layer behind this one, None for the last."""
+    """``qweight`` of the layer behind this one, wherever it lies now; None for the last.
+
+    Asked of the layer at each call: vLLM's offloaders point parameters at other memory.
+    """
     if layer.flute_order is None or layer.flute_place + 1 == len(layer.flute_order):
         return None
     return layer.flute_order[layer.flute_place + 1].qweight

@@ -23,7 +23,7 @@ from flute_vllm.quantize.names import (
     why_head_stays_dense,
 )
 from flute_vllm.schema import HEAD, module_matches
-from flute_vllm.validate import dense_namesakes, fused_siblings
+from flute_vllm.validate import fused_siblings
 
 EXPERTS = "experts"
 
@@ -108,15 +108,21 @@ def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection
             + "".join(f"; {note}" for note in selection.notes),
             fix="check that config.json belongs to these weights",
         )
-    _keep_unknown(selection, checkpoint)
+    _keep_unknown(selection, model, names)
     return selection
 
 
-def _keep_unknown(selection: Selection, checkpoint: Checkpoint) -> None:
-    """Stored matrices that transformers' model lacks (blocks that predict further tokens, more
-    blocks than config.json says) stay dense, as the modules of their names must be told apart."""
+def _keep_unknown(selection: Selection, model: torch.nn.Module, names: StoredNames) -> None:
+    """Stored matrices that transformers' model lacks stay dense, under their own names: blocks that
+    predict further tokens, more blocks than config.json says, parts that other classes build."""
+    parameters = model.named_parameters(remove_duplicate=False)  # tied ones, too
+    known = {names.parameter(name) for name, _ in parameters}
     unknown = [
-        module for module in dense_namesakes(checkpoint, selection.linears)
+        name.removesuffix(".weight") for name, info in names.checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and name not in known
+    ]  # fmt: skip
+    unknown = [
+        module for module in unknown
         if not any(module_matches(pattern, module) for pattern in selection.dense)
     ]  # fmt: skip
     selection.dense += unknown

@@ -60,7 +60,7 @@ def ours(layer: LinearLayer, device: torch.device) -> tuple[list[Call], torch.Te
     launches: list[int] = []
     if device.type == "cuda":
         qweight = ops.repack(qweight, scales, table, *settings)
-        scales = scales.new_empty(0)
+        scales = scales.new_zeros(1)
         gpu = tuning.device_of(device)
         launches = tuning.plan(
             layer.n,

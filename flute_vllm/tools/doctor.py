@@ -113,19 +113,17 @@ def choose(layer: LinearLayer, m: int, gpu: tuning.Device | None) -> Choice:
     """The kernel that the op runs for 16-bit x [m, k]; ``gpu`` None: on this CPU."""
     if gpu is None:
         return _choose_cpu(layer, m)
-    spec, pair = layer.spec, layer.spec.table_kind == "pair"
+    spec = layer.spec
     found = tuning.entries(
-        layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu, pair=pair
+        layer.n, layer.k, spec.bits, spec.group_size, layer.parts, gpu, pair=layer.is_pair
     )
     entry = tuning.entry_of(found, m)
     if entry.kernel != tuning.DECODE:
-        shape = (layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts, pair)
         return Choice(
             layer.name, m, tuning.KERNEL_NAMES[entry.kernel], entry.why, entry.config,
-            tuning.workspace_bytes(entry, shape, gpu),
+            tuning.workspace_bytes(entry, layer.sizes(m), gpu),
         )  # fmt: skip
-    problem = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
-    config = tuning.Config(*entry.config)
+    config, problem = tuning.Config(*entry.config), tuning.Problem(*layer.sizes(m))
     return Choice(layer.name, m, "decode", _origin(problem, gpu, config), entry.config[:-1])
 
 

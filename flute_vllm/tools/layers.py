@@ -31,6 +31,16 @@ class LinearLayer:
     def n(self) -> int:
         return sum(self.parts)
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether its table holds pairs, which not every kernel takes."""
+        return self.spec.table_kind == "pair"
+
+    def sizes(self, m: int) -> tuple[int, int, int, int, int, tuple[int, ...], bool]:
+        """Of a product with m rows of x, in the order of ``tuning.Problem`` and its like."""
+        spec = self.spec
+        return self.n, self.k, m, spec.bits, spec.group_size, self.parts, self.is_pair
+
 
 def model_layers(folder: str | Path, default: LayerSpec) -> list[LinearLayer]:
     """Distinct quantized layers of a checkpoint, in its order; reads headers only.

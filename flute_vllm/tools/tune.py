@@ -1,11 +1,12 @@
 """Times launches of a model's own layers on this GPU and writes the best to a tuning file.
 
 The file (``configs/tuning/<device>.json``, section ``sm90``) says for "n,k,M,bits" which kernel
-runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Up to 8 rows
-run the decode kernel, whose section ``decode`` has one launch for up to 2 and one for up to 8, and
-one row at 2 bits the kernel of section ``planes``. Calls are timed as the plugin makes them.
-Entries found in the file are kept, so an interrupted run goes on where it was. The order of work
-and the candidates are fixed; times, and with them close decisions, vary by a few per cent.
+runs with up to M rows of x, and how its launch is cut; ``tuning/plan.py`` reads it. Groups of less
+than 128 and tables of pairs have keys of their own (``tuning/problem.py``). Up to 8 rows run the
+decode kernel, whose section ``decode`` has one launch for up to 2 and one for up to 8, and one row
+at 2 bits the kernel of section ``planes``. Calls are timed as the plugin makes them. Entries found
+in the file are kept, and named, so an interrupted run goes on where it was. The order of work and
+the candidates are fixed; times, and with them close decisions, vary by a few per cent.
 """
 
 from __future__ import annotations
@@ -58,13 +59,11 @@ class Tuned:
 
 def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> list[Entry]:
     """Launches worth timing, the most promising first; ``limit`` of the Hopper kernels."""
-    spec = layer.spec
     if m == 1 and takes_one_row(layer, gpu):
         return planes_candidates(one_row(layer), gpu, limit)
     if m <= FEW_ROWS:
-        few = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
-        return decode_candidates(few, gpu, limit)
-    problem = sm90.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
+        return decode_candidates(tuning.Problem(*layer.sizes(m)), gpu, limit)
+    problem = sm90.Problem(*layer.sizes(m))
     full = set()
     for config in sm90.candidates(problem, gpu):
         for stages in (0, 1, 2):
@@ -74,7 +73,7 @@ def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> li
     ranked = sorted(full, key=lambda c: (sm90.clocks(problem, c, gpu), c.numbers))[:limit]
     found = [Entry(m, SM90, (*config.numbers[:-1], 1)) for config in ranked]
     if m <= tuning.MAX_ROWS:
-        few = tuning.Problem(layer.n, layer.k, m, spec.bits, spec.group_size, layer.parts)
+        few = tuning.Problem(*layer.sizes(m))
         found.append(Entry(m, DECODE, tuning.select(few, gpu, overlap=1).numbers))
     if m >= DENSE_ROWS and layer.n * layer.k * 2 <= DENSE_BYTES:
         found.append(Entry(m, DENSE))
@@ -84,8 +83,8 @@ def candidates(layer: LinearLayer, m: int, gpu: tuning.Device, limit: int) -> li
 def current_launch(layer: LinearLayer, m: int, gpu: tuning.Device) -> Entry:
     """What runs now, by the tuning file or the heuristic."""
     plan = tuning.entries(
-        layer.n, layer.k, layer.spec.bits, layer.spec.group_size, layer.parts, gpu, overlap=1,
-        environment={},
+        layer.n, layer.k, layer.spec.bits, layer.spec.group_size, layer.parts, gpu,
+        pair=layer.is_pair, overlap=1, environment={},
     )  # fmt: skip
     entry = tuning.entry_of(plan, m)
     return Entry(m, entry.kernel, entry.config)
@@ -93,7 +92,7 @@ def current_launch(layer: LinearLayer, m: int, gpu: tuning.Device) -> Entry:
 
 def one_row(layer: LinearLayer) -> planes.Problem:
     """What the kernel of bit planes is asked to do."""
-    return planes.Problem(layer.n, layer.k, 1, layer.spec.bits, layer.spec.group_size, layer.parts)
+    return planes.Problem(*layer.sizes(1))
 
 
 def takes_one_row(layer: LinearLayer, gpu: tuning.Device) -> bool:
@@ -186,7 +185,7 @@ def tune_layer(
     settings = (list(layer.parts), spec.bits, spec.group_size)
     qweight, scales, table = random_tensors(layer, device)
     records = ops.repack(qweight, scales, table, *settings)
-    scales = scales.new_empty(0)
+    scales = scales.new_zeros(1)
     copies = [records] + [records.clone() for _ in range(copies_for(records.numel() * 4) - 1)]
     pairs = list(zip(copies, copies[1:] + copies[:1], strict=True))
     gemm, ahead = torch.ops.flute.gemm, tuning.ahead_bytes()
@@ -239,8 +238,21 @@ def place_of(layer: LinearLayer, m: int, gpu: tuning.Device) -> tuple[str, str]:
     """Section and key of an entry in the file."""
     if m == 1 and takes_one_row(layer, gpu):
         return "planes", f"{layer.n},{layer.k}"
-    section = "decode" if m <= FEW_ROWS else "sm90"
-    return section, f"{layer.n},{layer.k},{bucket_of(m)},{layer.spec.bits}"
+    most = bucket_of(m)
+    (key, *_) = sm90.Problem(*layer.sizes(m)).keys_up_to(most)
+    return "decode" if m <= FEW_ROWS else "sm90", key
+
+
+def kept_text(layer: LinearLayer, rows: list[int], path: Path) -> str:
+    """Which entries of the file stay, and what they were measured with: records of this layer's
+    kind, but not always of its group size."""
+    groups = one_row(layer).groups
+    measured_with = f"groups of {tuning.TILE_K // groups}" + (" and longer" if groups == 1 else "")
+    return (
+        f"{layer.name}, {layer.n} x {layer.k}, {layer.spec.bits} bits: kept from {path} up to "
+        f"{', '.join(map(str, rows))} rows, measured with {measured_with}"
+        + (" and tables of pairs" if layer.is_pair else "")
+    )
 
 
 def write(path: Path, found: dict) -> None:
@@ -267,12 +279,14 @@ def tune(
     device, start = torch.device("cuda", torch.cuda.current_device()), time.monotonic()
     gpu = tuning.device_of(device)
     found = json.loads(path.read_text()) if path.is_file() else {"device": gpu.name}
-    work = [
-        (layer, m)
-        for layer in layers
-        for m in buckets(layer, rows, gpu)
-        if (place := place_of(layer, m, gpu))[1] not in found.setdefault(place[0], {})
-    ]
+    work = []
+    for layer in layers:
+        asked = buckets(layer, rows, gpu)
+        places = {m: place_of(layer, m, gpu) for m in asked}
+        missing = [m for m in asked if places[m][1] not in found.setdefault(places[m][0], {})]
+        work += [(layer, m) for m in missing]
+        if kept := [m for m in asked if m not in missing]:
+            show(kept_text(layer, kept, path))
     added = 0
     for layer in layers:
         missing = [m for other, m in work if other is layer]

@@ -64,8 +64,7 @@ class Problem(ProblemBase):
     def keys(self) -> list[str]:
         """Of measured launches, the most fitting first. What is best depends little on the bit
         width: those for 4 bits serve the others."""
-        found = itertools.product((self.bits, 4), (self.most_rows, self.width))
-        return list(dict.fromkeys(f"{self.n},{self.k},{m},{bits}" for bits, m in found))
+        return self.keys_up_to(self.most_rows, self.width)
 
     @property
     def depth(self) -> int:

@@ -68,7 +68,9 @@ def measured(
 
     ``decode``: "n,k,M,bits", M one of LAUNCH_ROWS -> row_tiles, row_warps, splits[, slots[,
     warps]]. ``planes``: "n,k" -> the same five. ``sm90``: "n,k,M,bits" -> kernel, then the numbers
-    of its config.
+    of its config. Such keys are of single values in groups of 128 and longer; ",64", ",32" and,
+    for tables of pairs, ",128,pair" and the like behind them tell other kinds of records, which
+    the former serve, too, where they have no entry of their own (problem.py).
     """
     path = folder / f"{device_name}.json"
     return json.loads(path.read_text()).get(section, {}) if path.is_file() else {}

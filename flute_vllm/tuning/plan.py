@@ -59,7 +59,7 @@ def entries(
     """
 
     def decoding(m: int) -> Entry:
-        problem = decode.Problem(n, k, m, bits, group_size, parts)
+        problem = decode.Problem(n, k, m, bits, group_size, parts, pair)
         config = decode.select(problem, device, overlap=overlap, environment=environment)
         return Entry(m, DECODE, config.numbers, "few rows")
 
@@ -76,7 +76,7 @@ def entries(
         return replace(entry, gates=is_gated(entry, problem, device))
 
     found = []
-    forced = decode.ENVIRONMENT in environment
+    forced = bool(environment.get(decode.ENVIRONMENT))  # empty is unset, as in decode.select
     single_row = planes.Problem(n, k, 1, bits, group_size, parts, pair)
     config = None if forced else planes.select(single_row, device, overlap=overlap)
     if config is not None:
@@ -87,8 +87,7 @@ def entries(
     simple = all(rows % decode.TILE_ROWS == 0 for rows in parts)
     for m in SM90_BUCKETS:
         problem = sm90.Problem(n, k, m, bits, group_size, parts, pair)
-        # What is best depends little on the bit width: entries for 4 bits serve the others.
-        keys = (f"{n},{k},{m},{bits}", f"{n},{k},{m},4")
+        keys = problem.keys_up_to(m)
         key = next((key for key in keys if key in table and simple), None)
         numbers = table[key] if key else None
         why = f"measured: configs/tuning/{device.name}.json, entry {key}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -61,6 +62,20 @@ class ProblemBase:
     def groups(self) -> int:
         """Of a record."""
         return TILE_K // self.group_size if 0 < self.group_size < TILE_K else 1
+
+    @property
+    def variant(self) -> str:
+        """What ends the keys of launches measured for this kind of record: nothing for single
+        values in groups of 128 and longer, whose records are alike."""
+        if self.groups == 1 and not self.pair:
+            return ""
+        return f",{TILE_K // self.groups}" + (",pair" if self.pair else "")
+
+    def keys_up_to(self, *most_rows: int) -> list[str]:
+        """Of launches measured for up to so many rows of x, the most fitting first: a kind of
+        record without an entry takes that of groups of 128, other bits take that of 4."""
+        found = itertools.product((self.bits, 4), most_rows, (self.variant, ""))
+        return list(dict.fromkeys(f"{self.n},{self.k},{m},{b}{kind}" for b, m, kind in found))
 
     @property
     def record_bytes(self) -> int:
