@@ -11,6 +11,8 @@ import pytest
 
 from flute_vllm import tuning
 from flute_vllm.errors import FluteError
+from flute_vllm.tuning import sm90
+from flute_vllm.tuning.device import table_name
 
 AMPERE = tuning.Device("a100", 108, 166912, 80)
 ADA = tuning.Device("l40", 142, 101376, 89)
@@ -164,3 +166,23 @@ def test_groups_and_tables_take_their_own_measured_launch_else_the_common_one(
     rows[f"4096,4096,8,4,{group}" + ",pair" * pair] = [3, 1]
     assert [chosen(m) for m in (1, 8)] == [1, 3]
     assert [chosen(8, *other) for other in ((128,), (256,), (-1,))] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "multiprocessors", "file"),
+    [
+        ("NVIDIA H200", 132, "h200"),
+        ("NVIDIA H200 NVL", 132, "h200"),
+        ("NVIDIA GH200 480GB", 132, "NVIDIA GH200 480GB"),
+        ("NVIDIA H200 MIG 1g.18gb", 16, "NVIDIA H200 MIG 1g.18gb"),
+    ],
+)
+def test_measured_launches_are_of_the_whole_gpu_only(gpu, multiprocessors, file):
+    assert table_name(gpu, multiprocessors) == file
+
+
+def test_more_blocks_of_rows_than_cuda_takes_are_refused():
+    problem = sm90.Problem(64 * 65536, 256, 16, 4, 128)
+    small, large = (sm90.Config(16, 4, tiles, 4, overlap=0) for tiles in (1, 8))
+    assert sm90.launch(problem, small, tuning.H200) is None
+    assert sm90.launch(problem, sm90.complete(problem, large, tuning.H200), tuning.H200)

@@ -22,7 +22,7 @@ CONFIG_FOLDER = data_path("configs", "tuning")
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice depends on. ``clusters[s]``: clusters of s blocks that run at once."""
+    """What a choice depends on."""
 
     name: str
     multiprocessors: int
@@ -52,12 +52,21 @@ def device_of(place: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(place)
     images = architectures(ops.LIBRARY) if ops.LIBRARY.is_file() else ()
     return Device(
-        "h200" if "H200" in properties.name else properties.name,
+        table_name(properties.name, properties.multi_processor_count),
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         code_for(f"{properties.major}.{properties.minor}", images)
         or properties.major * 10 + properties.minor,
     )
+
+
+def table_name(gpu: str, multiprocessors: int) -> str:
+    """Name of the file of measured launches for a GPU that CUDA calls ``gpu``.
+
+    A slice of an H200 (MIG) or a GH200 has other launches than the whole H200 of the file.
+    """
+    is_whole = gpu.startswith("NVIDIA H200") and multiprocessors == H200.multiprocessors
+    return H200.name if is_whole else gpu
 
 
 @functools.cache

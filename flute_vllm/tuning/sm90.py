@@ -23,6 +23,7 @@ PREFILL_COLUMNS = (192, 256)
 PREFILL_TILES = 8  # 16-row tiles of a block
 PREFILL_GROUPS = 2  # warpgroups of a block that multiply
 MAX_STAGES, MAX_X_STAGES = 16, 8
+MAX_GRID_Y = 65535  # blocks of a launch that lie in rows, by CUDA
 TABLE_BYTES = TABLE_OFFSET = 65536
 PREFILL_STAGES = 8  # of weights and of x, at most
 PREFILL_BARRIER_BYTES = 1024
@@ -178,9 +179,11 @@ def launch(
     total += CLUSTER_BARRIER_BYTES if ranks > 1 else 0
     if total > device.shared_bytes:
         return None
+    rows = _blocks_of_rows(problem, config)
+    if (rows // 2 if gated else rows) > MAX_GRID_Y:
+        return None
     x_tiles = math.ceil(problem.m / config.columns)
-    blocks = _blocks_of_rows(problem, config) * x_tiles * config.splits
-    return Launch(blocks, total, ranks)
+    return Launch(rows * x_tiles * config.splits, total, ranks)
 
 
 def complete(problem: Problem, config: Config, device: Device) -> Config | None:
