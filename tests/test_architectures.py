@@ -8,6 +8,8 @@ from transformers import AutoConfig
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
+from flute_vllm.evaluate import load_twin
+from flute_vllm.hf_quantizer import FluteLinear
 from flute_vllm.quantize.activations import observe
 from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.model import quantize_checkpoint
@@ -115,6 +117,12 @@ def test_the_decoder_of_a_model_that_reads_images_is_quantized(kind, tmp_path):
               and name.endswith("proj.weight") and len(info.shape) == 2]  # fmt: skip
     assert seeing
     assert all(config.is_skipped(name.removesuffix(".weight")) for name in seeing)
+    twin, ids = load_twin(tmp_path / "out").eval(), torch.tensor([[5, 77, 201]])
+    loaded = type(twin).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert sum(isinstance(module, FluteLinear) for module in loaded.modules()) == 14
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits for model in (loaded, twin))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def check_moments(folder) -> None:

@@ -42,6 +42,13 @@ class Selection:
     notes: list[str] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
 
+    def keep(self, stored: str | None, name: str) -> None:
+        """Notes a dense module under its stored name, and that of transformers where it is another
+        (language_model.lm_head, lm_head)."""
+        self.dense.append(stored or name)
+        if not module_matches(self.dense[-1], name):
+            self.dense.append(name)
+
     def block_of(self, tensor: str) -> str | None:
         """The decoder block that a tensor of the checkpoint belongs to."""
         parts = tensor.split(".")
@@ -76,15 +83,15 @@ def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection
         stored = names.matrix(name)
         inside = any(name.startswith(f"{stack}.") for stack in names.stacks)
         if inside and any(module_matches(pattern, name) for pattern in kept):
-            selection.dense.append(stored or name)
+            selection.keep(stored, name)
         elif inside and _is_router(model, name, module):
             routers.append(stored or name)
-            selection.dense.append(stored or name)
+            selection.keep(stored, name)
         elif (inside or module is head) and stored is not None:
             _check_shape(checkpoint, stored, module)
             selection.linears[stored] = (module.out_features, module.in_features)
         else:
-            selection.dense.append(stored or name)
+            selection.keep(stored, name)
             if inside:
                 selection.notes.append(
                     f"{name} stays dense: the checkpoint has no floating {name}.weight [N, K]"
