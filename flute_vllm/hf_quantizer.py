@@ -99,17 +99,30 @@ class FluteHfQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), leaf, FluteLinear(linear, spec, name))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, module in model.named_modules():
-            if isinstance(module, FluteLinear):
-                wanted = module.spec.tensor_layout(module.out_features, module.in_features)
-                for key, (shape, dtype) in wanted.items():
-                    found = getattr(module, key)
-                    if tuple(found.shape) != shape or found.dtype != dtype:
-                        raise FluteError(
-                            "the tensors do not fit config.json", where=f"{name}.{key}",
-                            why=f"{found.dtype} {list(found.shape)}, expected {dtype} "
-                            f"{list(shape)}", fix="download or quantize the checkpoint again",
-                        )  # fmt: skip
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, FluteLinear)}
+        unfilled = []
+        for name, module in layers.items():
+            wanted = module.spec.tensor_layout(module.out_features, module.in_features)
+            for key, (shape, dtype) in wanted.items():
+                found = getattr(module, key)
+                if tuple(found.shape) != shape or found.dtype != dtype:
+                    raise FluteError(
+                        "the tensors do not fit config.json", where=f"{name}.{key}",
+                        why=f"{found.dtype} {list(found.shape)}, expected {dtype} "
+                        f"{list(shape)}", fix="download or quantize the checkpoint again",
+                    )  # fmt: skip
+                # transformers marks what it has read, and leaves the rest as the memory was.
+                is_read = getattr(found, "_is_hf_initialized", False) or found.is_meta  # offloaded
+                if not is_read:
+                    unfilled.append(f"{name}.{key}")
+        if unfilled:
+            raise FluteError(
+                "missing tensor", where=unfilled[0],
+                why=f"{len(unfilled)} tensors of {len(layers)} quantized layers were not in the "
+                "checkpoint under the names of this model class",
+                fix="use the class that config.json names under architectures, or download or "
+                "quantize the checkpoint again",
+            )  # fmt: skip
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -14,6 +14,7 @@ from tiny_models import ARCHITECTURES, PROMPTS, write_tiny_model
 
 import flute_vllm  # noqa: F401 - registers the quantizer
 from flute_vllm.evaluate import load_twin
+from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec
 from flute_vllm.hf_quantizer import FluteLinear
 
@@ -76,7 +77,7 @@ def test_registered_whatever_is_imported_first(imports):
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
-def test_missing_tensors_are_not_random(tmp_path):
+def test_missing_tensors_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
@@ -85,5 +86,5 @@ def test_missing_tensors_are_not_random(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.scales"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert "model.layers.0.mlp.up_proj.scales" in set(report["missing_keys"])
+    with pytest.raises(FluteError, match="model.layers.0.mlp.up_proj.scales"):
+        AutoModelForCausalLM.from_pretrained(folder)
