@@ -13,8 +13,8 @@ from native_writer import write_native
 from tiny_models import ARCHITECTURES, PROMPTS, write_tiny_model
 
 import flute_vllm  # noqa: F401 - registers the quantizer
-from flute_vllm.evaluate import load_twin
 from flute_vllm.errors import FluteError
+from flute_vllm.evaluate import load_twin
 from flute_vllm.format import LayerSpec
 from flute_vllm.hf_quantizer import FluteLinear
 
