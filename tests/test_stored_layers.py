@@ -73,6 +73,18 @@ def test_a_layer_that_vllm_adds_stays_dense(tmp_path):
     assert spec_of(config, "model.layers.1.mlp.down_proj") == LayerSpec(4, 32)
 
 
+@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj"])
+def test_a_fused_layer_of_a_class_that_tells_no_parts(name, tmp_path):
+    """As StableLM and GPT-J have it in vLLM; and a name that nobody knows, as of MiniCPM3."""
+    dense = write_tiny_model(tmp_path / "dense", "llama")
+    bits = {part: 3 for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+    config = config_of(quantize(dense, tmp_path / "out", overrides=bits))
+    parent = "model.layers.0." + ("self_attn" if name == "qkv_proj" else "mlp")
+    assert spec_of(config, f"{parent}.{name}") == LayerSpec(3, 32)
+    assert config.common_spec("a.fused", config.stored_modules("a.fused"), True) == LayerSpec(4, 32)
+    assert spec_of(config, "") == LayerSpec(4, 32)
+
+
 def test_expressions_hold_for_the_names_on_disk(tmp_path):
     from vllm.model_executor.models.utils import WeightsMapper
 

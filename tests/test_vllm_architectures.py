@@ -38,6 +38,19 @@ MODELS: dict[str, tuple[dict, dict]] = {
         {**WIDE, "intermediate_size": 256},
         {"overrides": {r"re:gpt_neox\.layers\.1\..*": 2}},
     ),
+    # vLLM does not tell what its fused layers are made of, nor the names of some of its layers.
+    "gptj": (
+        {
+            "n_embd": 128,
+            "n_layer": 2,
+            "n_head": 4,
+            "rotary_dim": 16,
+            "n_positions": 256,
+            "vocab_size": 512,
+        },
+        {"overrides": {"q_proj": 3, "k_proj": 3, "v_proj": 3}},
+    ),
+    "minicpm3": ({}, {}),
     "paligemma": (SEEING, {}),  # the decoder inside of a larger model
 }
 
@@ -48,8 +61,8 @@ def results(tmp_path_factory) -> dict[str, list[dict]]:
     jobs = []
     for name, (fields, settings) in MODELS.items():
         folder = root / name
-        if name == "glm4":
-            write_tiny_model(folder / "dense", "phi3", model_type="glm4", head_dim=64)
+        if name in ("glm4", "minicpm3"):
+            write_tiny_model(folder / "dense", "phi3", model_type=name, head_dim=64)
         else:
             torch.manual_seed(0)
             wide = {} if "text_config" in fields else {"initializer_range": 0.2}

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -21,6 +26,12 @@ from flute_vllm.plugin.head import FluteHeadMethod
 from flute_vllm.plugin.linear import FluteLinearMethod
 from flute_vllm.plugin.order import LayerOrder
 from flute_vllm.schema import QUANT_METHOD, FluteQuantizationConfig, module_matches
+
+# Where a class of vLLM has no packed_modules_mapping (StableLM, GPT-J).
+USUALLY_PACKED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 
 
 class FluteConfig(QuantizationConfig):
@@ -136,7 +147,8 @@ class FluteConfig(QuantizationConfig):
             if self.quantized_modules is not None and not self._has_quantized(modules):
                 return UnquantizedLinearMethod()
             return ForeignLinearMethod(prefix, self.importer, modules, self.order)
-        spec = self.common_spec(prefix, self.stored_modules(prefix))
+        is_fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
+        spec = self.common_spec(prefix, self.stored_modules(prefix), is_fused)
         return (
             UnquantizedLinearMethod()
             if spec is None
@@ -166,15 +178,20 @@ class FluteConfig(QuantizationConfig):
         already (gate_up_proj of GLM-4), or lack a part (v_proj where values are the keys).
         """
         parts = self.checkpoint_modules(prefix)
-        if self._find(prefix) is not None:
-            return [prefix]
-        found = [module for module in parts if self._find(module) is not None]
-        return found or parts
+        parent, _, name = prefix.rpartition(".")
+        usual = [f"{parent}.{part}" for part in USUALLY_PACKED.get(name, ())]
+        for modules in ([prefix], parts, usual):
+            found = [module for module in modules if self._find(module) is not None]
+            if found:
+                return found
+        return parts
 
-    def common_spec(self, prefix: str, modules: list[str]) -> LayerSpec | None:
-        """Spec shared by the fused matrices, None for dense ones. Raises FluteError when they
-        differ."""
-        specs = {module: self._spec(module) for module in modules}
+    def common_spec(
+        self, prefix: str, modules: list[str], is_fused: bool = False
+    ) -> LayerSpec | None:
+        """Spec shared by the matrices of a layer, None for dense ones. Raises FluteError when they
+        differ. ``is_fused``: vLLM made it of several, whose names may not be known."""
+        specs = {module: self._spec(module, is_fused) for module in modules}
         if len(set(specs.values())) > 1:
             listing = ", ".join(
                 f"{module.rpartition('.')[2]}: {_describe(spec)}" for module, spec in specs.items()
@@ -186,17 +203,17 @@ class FluteConfig(QuantizationConfig):
             )  # fmt: skip
         return specs[modules[0]]
 
-    def _spec(self, module: str) -> LayerSpec | None:
+    def _spec(self, module: str, is_fused: bool) -> LayerSpec | None:
         """What the checkpoint says of a module: what is stored, else what the config expects."""
         name = self._find(module)
         if name is not None:
             return self.stored[name]
-        quantized = (other for other, spec in self.stored.items() if spec is not None)
         leaf = module.rpartition(".")[2]
+        quantized = {n.rpartition(".")[2] for n, spec in self.stored.items() if spec is not None}
         # Layers that vLLM adds to a model (the score of a reranker) are in no checkpoint of ours.
-        if self.stored and all(other.rpartition(".")[2] != leaf for other in quantized):
-            return None
-        return self.schema.spec_for(module)
+        # Some it does not name at all (q_a_proj of MiniCPM3).
+        is_added = self.stored and leaf and not is_fused and leaf not in quantized
+        return None if is_added else self.schema.spec_for(module)
 
     def _find(self, module: str) -> str | None:
         """The stored name of a module; vLLM may prefix it (language_model.model...)."""
