@@ -16,7 +16,10 @@ from flute_vllm.errors import FluteError
 
 INDEX_NAME = "model.safetensors.index.json"
 # Of a hub repository: no pickles, which may be as large again.
-DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken")
+DOWNLOADED = (
+    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken", "tokenizer*",
+    "LICEN[SC]E*", "NOTICE*", "COPYING*",
+)  # fmt: skip
 HEAD_IS_TIED = "tie_word_embeddings"
 HEADER_LIMIT = 100 << 20  # the safetensors specification's own limit
 TORCH_DTYPES = {

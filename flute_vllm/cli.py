@@ -159,7 +159,8 @@ def quantize(
             return
     try:
         with ProgressBar(messages, settings) as bar:
-            report = quantize_checkpoint(folder, out, settings, bar.callbacks, restart)
+            limit = None if ram is None else int(ram * 1e9)
+            report = quantize_checkpoint(folder, out, settings, bar.callbacks, restart, limit)
     except KeyboardInterrupt as error:
         messages.print(
             f"flute: interrupted; the same command goes on where it stopped ({out}.partial)",

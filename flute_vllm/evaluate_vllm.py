@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flute_vllm.checkpoint import read_json
 from flute_vllm.errors import FluteError
 from flute_vllm.evaluate import DEFAULT_WINDOW, PerplexityResult, Window, cut_windows
 
@@ -25,6 +26,7 @@ DEFAULT_TOP = 256  # tokens a position; 1024 positions of them are some 50 MB of
 WHOLE_VOCABULARY = 0
 _WINDOWS_AT_ONCE = 8  # bounds those objects
 _LEAST = 1e-12  # probability of "all others", where rounding leaves none
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # in config.json
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def perplexity_vllm(
 
     Args:
         folder: dense or quantized, with its tokenizer.
-        texts, window, stride: as :func:`flute_vllm.evaluate.perplexity`.
+        texts, window, stride: as :func:`flute_vllm.evaluate.perplexity`; the window is cut to one
+            token less than the models' length, as vLLM generates one after it.
         dtype: of vLLM's activations.
         reference: folder of the original model, served first, with the same tokenizer.
         top: tokens of each position that are compared; 0: the whole vocabulary.
@@ -63,6 +66,7 @@ def perplexity_vllm(
     """
     if reference is None:
         top = 1  # of no use then
+    window = _fitting(window, [folder, *([] if reference is None else [reference])])
     with _engine(folder if reference is None else reference, window, dtype, top) as llm:
         tokenizer = llm.get_tokenizer()
         bos = tokenizer.bos_token_id
@@ -114,6 +118,16 @@ def divergence(reference: Position, model: Position) -> float:
     rest_q = max(1 - np.exp(log_q).sum(), _LEAST)
     named = float((np.exp(log_p) * (log_p - log_q)).sum())
     return named + rest_p * math.log(rest_p / rest_q)
+
+
+def _fitting(window: int, folders: Iterable[str | Path]) -> int:
+    """The window, or what the shortest of the models can read and have room for another token."""
+    lengths = []
+    for folder in folders:
+        config = read_json(Path(folder) / "config.json")
+        text = config.get("text_config", config)
+        lengths += [text[key] for key in _LENGTHS if isinstance(text.get(key), int)]
+    return min([window, *(length - 1 for length in lengths)])
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ scales. The product itself is exact in float32: 11 (fp16) or 8 (bf16) significan
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ PER_ROW = -1  # group_size that stands for one scale for each row
 TABLE_KINDS = ("scalar", "pair")
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TENSOR_NAMES = ("qweight", "scales", "table")
+BLOCK_WEIGHTS = 1 << 20  # at once: 64-bit temporaries of a whole output head would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ def _check_choice(name: str, value: object, allowed: tuple) -> None:
         )
 
 
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows of [N, K] that hold about ``BLOCK_WEIGHTS`` weights each."""
+    step = max(1, BLOCK_WEIGHTS // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
 def _bit_positions(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Word and shift of the first bit of each of the 32 codes of a unit."""
     start = torch.arange(UNIT, device=device) * bits
@@ -144,6 +153,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
             fix="pass the bits that the codes were made for",
         )
     rows, columns = codes.shape
+    shape = (rows, columns // UNIT * bits)
+    packed = torch.empty(shape, dtype=torch.int32, device=codes.device)
+    for block in _row_blocks(rows, columns):
+        packed[block] = _pack_rows(codes[block], bits)
+    return packed
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    rows, columns = codes.shape
     units = codes.reshape(rows, columns // UNIT, UNIT).to(torch.int64)
     word, shift = _bit_positions(bits, codes.device)
     words = torch.zeros(rows, columns // UNIT, bits, dtype=torch.int64, device=codes.device)
@@ -159,6 +177,14 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of :func:`pack`: int32 [N, K / 32 * bits] to uint8 codes [N, K]."""
     _check_choice("bits", bits, BITS)
+    rows, columns = qweight.shape[0], qweight.shape[1] // bits * UNIT
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=qweight.device)
+    for block in _row_blocks(rows, columns):
+        codes[block] = _unpack_rows(qweight[block], bits)
+    return codes
+
+
+def _unpack_rows(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = qweight.shape
     words = qweight.reshape(rows, columns // bits, bits).to(torch.int64) & 0xFFFFFFFF
     word, shift = _bit_positions(bits, qweight.device)
@@ -187,6 +213,14 @@ def dequantize_codes(
     Returns:
         [N, K] in ``dtype``.
     """
+    weight = torch.empty(codes.shape, dtype=dtype or scales.dtype, device=codes.device)
+    for block in _row_blocks(*codes.shape):
+        weight[block] = _exact_rows(codes[block], scales[block], table)
+    return weight
+
+
+def _exact_rows(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """float32 [N, K]: the exact products of table values and scales."""
     rows, columns = codes.shape
     index = codes.to(torch.int64)
     if table.dim() == 2:
@@ -196,7 +230,7 @@ def dequantize_codes(
         values = table.float()[index]
     groups = values.reshape(rows, scales.shape[1], columns // scales.shape[1])
     exact = groups * scales.float().unsqueeze(-1)
-    return exact.reshape(rows, columns).to(dtype or scales.dtype)
+    return exact.reshape(rows, columns)
 
 
 def dequantize(

@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from flute_vllm.checkpoint import DTYPE_NAMES, INDEX_NAME
+from flute_vllm.checkpoint import DTYPE_NAMES, INDEX_NAME, read_json
 from flute_vllm.errors import FluteError
+from flute_vllm.validate import is_native
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor, by name
 MARKER = ".flute-partial"  # tells an unfinished output of ours from a folder of the user
+UNFINISHED = ".unfinished"  # at the end of the name of a file that is not complete
+# What is copied from a source: tokenizer, generation and chat files, and what its licence asks for.
+# Tokenizers come under names without an ending of their own, too (tokenizer.model.v3).
+COPIED_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md", ".tiktoken")
+COPIED_PREFIXES = ("tokenizer", "license", "licence", "notice", "copying")
+NOT_COPIED = ("config.json", "flute_config.json", "report.json")
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of transformers'
+CARD = "README.md"
 
 
 class AtomicFolder:
@@ -66,14 +76,18 @@ class AtomicFolder:
         if kind is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def reserve(self, nbytes: int) -> None:
-        """Raises FluteError now if the disk cannot hold ``nbytes`` more, not hours later."""
+    def reserve(self, nbytes: int, scratch: int = 0) -> None:
+        """Raises FluteError now if the disk cannot hold ``nbytes`` more, not hours later.
+
+        ``scratch`` are bytes of files that are there only while the output is made.
+        """
         with writing(self.partial):
             free = shutil.disk_usage(self.partial).free
-        if nbytes > free:
+        if nbytes + scratch > free:
+            beside = f", and {scratch:,} while it is made" if scratch else ""
             raise FluteError(
                 "not enough disk space", where=str(self.out),
-                why=f"the output needs {nbytes:,} bytes, {free:,} are free",
+                why=f"the output needs {nbytes:,} bytes{beside}, {free:,} are free",
                 fix="free some space, or choose an output path on another disk",
             )  # fmt: skip
 
@@ -83,7 +97,7 @@ class AtomicFolder:
 
         It has its name only when it is complete and on disk.
         """
-        path = self.partial / f"{name}.unfinished"
+        path = self.partial / f"{name}{UNFINISHED}"
         with writing(path):
             file = path.open("wb", buffering=0)
         with file:
@@ -107,20 +121,24 @@ class AtomicFolder:
                 shard.write(key, tensor)
 
     def copy_extras(self, source: Path) -> None:
-        """Copies tokenizer and generation files: all small files that hold no weights."""
-        skip = {"config.json", "flute_config.json", "report.json", INDEX_NAME}
-        suffixes = {".json", ".model", ".txt", ".jinja", ".md", ".tiktoken"}
-        for file in sorted(source.iterdir()):
-            is_index = file.name.endswith(".index.json")
-            if (
-                file.is_file()
-                and file.suffix in suffixes
-                and file.name not in skip
-                and not is_index
-            ):
-                with writing(self.partial / file.name):
-                    shutil.copyfile(file, self.partial / file.name)
-                    fsync(self.partial / file.name)
+        """Copies tokenizer, generation and licence files: all small files that hold no weights.
+
+        The card of a quantized model of ours is left out, as it speaks of its bits.
+        """
+        names = [file.name for file in sorted(source.iterdir()) if _is_extra(file)]
+        if _has_codes(source) and CARD in names:
+            names.remove(CARD)
+        templates = sorted((source / CHAT_TEMPLATES).glob("*.jinja"))
+        if templates:
+            with writing(self.partial / CHAT_TEMPLATES):
+                (self.partial / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        for name in (*names, *(f"{CHAT_TEMPLATES}/{file.name}" for file in templates)):
+            with writing(self.partial / name):
+                shutil.copyfile(source / name, self.partial / name)
+                fsync(self.partial / name)
+        if templates:
+            with writing(self.partial / CHAT_TEMPLATES):
+                fsync(self.partial / CHAT_TEMPLATES)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
@@ -147,6 +165,12 @@ class AtomicFolder:
             self.write_json(INDEX_NAME, index)
         self.write_json("config.json", config)
 
+    def withdraw_config(self) -> None:
+        """Makes the partial folder again one that nothing takes for a checkpoint."""
+        with writing(self.partial):
+            (self.partial / "config.json").unlink()
+            fsync(self.partial)
+
     def publish(self) -> Path:
         """Takes the marker away and gives the folder its name."""
         with writing(self.out):
@@ -155,6 +179,20 @@ class AtomicFolder:
             os.rename(self.partial, self.out)
             fsync(self.out.parent)
         return self.out
+
+
+def _is_extra(file: Path) -> bool:
+    name = file.name.lower()
+    is_index = name.endswith(".index.json")
+    is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    if not file.is_file() or file.name in NOT_COPIED or is_index or is_weights:
+        return False
+    return file.suffix in COPIED_SUFFIXES or name.startswith(COPIED_PREFIXES)
+
+
+def _has_codes(source: Path) -> bool:
+    config = source / "config.json"
+    return config.is_file() and is_native(read_json(config))
 
 
 class ShardWriter:
@@ -258,13 +296,18 @@ def layout_nbytes(layout: Layout) -> int:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system error into a FluteError that names the file."""
+    """Turns an operating system error into a FluteError that names the file.
+
+    The safetensors library, which writes files of ours that a run needs for itself, has an error
+    of its own for them.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        is_told = isinstance(error, OSError)
+        why = f"{error.strerror or error} (errno {error.errno})" if is_told else str(error)
         raise FluteError(
-            "cannot write the output", where=str(path),
-            why=f"{error.strerror or error} (errno {error.errno})",
+            "cannot write the output", where=str(path), why=why,
             fix="check free disk space (`df -h`), quota and permissions, then run it again",
         ) from error  # fmt: skip
 
@@ -272,7 +315,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """For a file that is there whole or not at all: yields where to write it, then renames that."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(path.name + UNFINISHED)
     with writing(path):
         yield unfinished
         fsync(unfinished)

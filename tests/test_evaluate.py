@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -14,9 +15,10 @@ import torch
 from native_writer import write_native
 from tiny_models import write_tiny_model
 
+from flute_vllm import evaluate_vllm
 from flute_vllm.errors import FluteError
 from flute_vllm.evaluate import cut_windows, load_model, perplexity, read_texts
-from flute_vllm.evaluate_vllm import Position, divergence
+from flute_vllm.evaluate_vllm import Position, divergence, perplexity_vllm
 from flute_vllm.format import LayerSpec
 
 VOCABULARY = 8
@@ -214,3 +216,40 @@ def test_divergence_of_the_best_tokens_is_exact_or_a_lower_bound():
     assert found[0] == pytest.approx(exact, abs=1e-6)
     assert exact + 1e-9 >= found[1]
     assert all(0 <= value <= exact + 1e-9 for value in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "other", "asked", "used"),
+    [({"max_position_embeddings": 6}, None, 1024, 5), ({"n_positions": 6}, None, 1024, 5),
+     ({"max_position_embeddings": 64}, {"max_position_embeddings": 6}, 1024, 5),
+     ({"text_config": {"max_position_embeddings": 6}}, None, 1024, 5),
+     ({"max_position_embeddings": 6}, None, 4, 4), ({}, None, 8, 8)],
+)  # fmt: skip
+def test_vllm_gets_windows_that_the_models_can_read(
+    config, other, asked, used, tmp_path, monkeypatch
+):
+    """vLLM refuses a length beyond that of config.json, and generates a token after the window."""
+    folders = [tmp_path / name for name in ("model", "reference")][: 1 if other is None else 2]
+    for folder, content in zip(folders, (config, other), strict=False):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(content))
+    seen: list = []
+
+    @contextlib.contextmanager
+    def engine(folder, window, dtype, top):
+        seen.append(window)
+        yield SimpleNamespace(get_tokenizer=Digits)
+
+    def positions(llm, windows, top):
+        seen.extend(len(piece.tokens) for piece in windows)
+        for piece in windows:
+            yield from [Position(-1.0, np.array([1]), np.array([-1.0]))] * piece.scored
+
+    monkeypatch.setattr(evaluate_vllm, "_engine", engine)
+    monkeypatch.setattr(evaluate_vllm, "_positions", positions)
+    reference = None if other is None else folders[1]
+    result = perplexity_vllm(folders[0], ["1234567" * 2], asked, reference=reference)
+    assert max(seen) == used
+    assert result.tokens == 14
+    assert f"window {used} tokens" in result.protocol
+    assert f"stride {used - 1}" in result.protocol

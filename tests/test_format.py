@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flute_vllm import format as native
 from flute_vllm.errors import FluteError
 from flute_vllm.format import (
     BITS,
@@ -218,6 +220,59 @@ def test_shards_dequantize_to_shards_of_the_weight(bits, ranks, seed):
     ]
     assert torch.equal(torch.cat(by_row, 0), weight)
     assert torch.equal(torch.cat(by_column, 1), weight)
+
+
+class LargestResult(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation inside makes; views have none of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.nbytes = max(self.nbytes, made.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["scalar", "pair"])
+@pytest.mark.parametrize("bits", BITS)
+def test_large_matrices_are_worked_on_in_blocks_of_rows(bits, kind, monkeypatch):
+    """The same bits as at once, and nothing but codes and weights is as large as the matrix."""
+    rows, columns, block = 203, 256, 8  # the last block has 3 rows
+    codes = random_codes(bits, rows, columns)
+    spec = LayerSpec(bits, 64, table_kind=kind)
+    scales = random_values((rows, spec.num_groups(columns)), torch.bfloat16, 1)
+    table = random_values(spec.table_shape, torch.bfloat16, 2)
+    monkeypatch.setattr(native, "BLOCK_WEIGHTS", rows * columns)
+    packed, weight = pack(codes, bits), dequantize_codes(codes, scales, table)
+    exact = dequantize_codes(codes, scales, table, torch.float32)
+    monkeypatch.setattr(native, "BLOCK_WEIGHTS", block * columns + 7)
+    of_block = block * columns * 8  # 64-bit indices
+    for make, expected in (
+        (lambda: pack(codes, bits), packed),
+        (lambda: unpack(packed, bits), codes),
+        (lambda: dequantize_codes(codes, scales, table), weight),
+        (lambda: dequantize_codes(codes, scales, table, torch.float32), exact),
+        (lambda: dequantize(packed, scales, table, bits), weight),
+    ):
+        with LargestResult() as largest:
+            found = make()
+        assert torch.equal(found, expected)
+        assert largest.nbytes <= max(found.nbytes, codes.nbytes, of_block)
+    monkeypatch.setattr(native, "BLOCK_WEIGHTS", 1)  # less than a row: one at a time
+    assert torch.equal(pack(codes, bits), packed)
+    assert torch.equal(dequantize(packed, scales, table, bits), weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_matrix_without_rows(bits):
+    packed = pack(torch.zeros(0, 64, dtype=torch.uint8), bits)
+    assert packed.shape == (0, 2 * bits)
+    assert unpack(packed, bits).shape == (0, 64)
 
 
 # ------------------------------------------------------------------------------------- layer specs

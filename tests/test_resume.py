@@ -7,23 +7,27 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_models import write_tiny_model
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.quantize import feedback, recipes
-from flute_vllm.quantize.journal import JOURNAL
+from flute_vllm.quantize import feedback, finetune, model, recipes, stream
+from flute_vllm.quantize.journal import JOURNAL, SCRATCH
+from flute_vllm.quantize.learned import load_or_train
 from flute_vllm.quantize.model import Callbacks, quantize_checkpoint
-from flute_vllm.quantize.plan import QuantizeSettings
+from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
 from flute_vllm.validate import validate_checkpoint
-from flute_vllm.writer import ShardWriter
+from flute_vllm.writer import ShardWriter, file_nbytes
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "stdlib_model" / "model"
 STEPS = [{"step": "search"}, {"step": "error_feedback"}, {"step": "refit_scales"}]
@@ -132,13 +136,130 @@ def test_killed_at_random_moments(dense_folder, settings, tmp_path, monkeypatch)
     torch.set_num_threads(threads)
 
 
-def stop_after(units: int) -> Callbacks:
+def test_tuning_that_was_killed_twice_is_left_out(dense_folder, settings, tmp_path, caplog):
+    """As by the kernel where memory ends; once may be anybody, and the bytes are the same then."""
+    quantize_checkpoint(dense_folder, tmp_path / "whole", settings)
+
+    def work(out: Path) -> None:
+        finetune._load_tuner = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        quantize_checkpoint(dense_folder, out, settings)
+
+    for kills in (1, 2):
+        out = tmp_path / f"out{kills}"
+        for number in range(kills):
+            assert run_in_child(lambda out=out: work(out)) == -signal.SIGKILL
+            note = out.with_name(f"{out.name}.partial") / f"{SCRATCH}tuning.json"
+            assert json.loads(note.read_text()) == {"begun": number + 1}
+        report = quantize_checkpoint(dense_folder, out, settings)
+        assert not list(out.glob(f"{SCRATCH}*"))
+        if kills == 1:
+            assert hashes(out) == hashes(tmp_path / "whole")
+        else:
+            assert "2 attempts were killed" in report["finetuning"]["left_out"]
+            (told,) = [r.getMessage() for r in caplog.records if "not tuned" in r.getMessage()]
+            assert "--restart" in told
+            validate_checkpoint(Checkpoint(out))
+
+
+def test_what_was_measured_before_the_first_block_is_kept(dense_folder, tmp_path, monkeypatch):
+    """--bpw measures the whole model, which takes longer than a block."""
+    settings = QuantizeSettings(bpw=3.0, calib="none", device="cpu", skip=("o_proj",))
+    measured = []
+    real = model.measure_losses
+
+    def measure(*args):
+        measured.append(args)
+        return real(*args)
+
+    def stop(report, unit) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "measure_losses", measure)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(dense_folder, tmp_path / "out", settings, Callbacks(on_module=stop))
+    partial = tmp_path / "out.partial"
+    assert (partial / f"{SCRATCH}losses.json").is_file()
+    quantize_checkpoint(dense_folder, tmp_path / "out", settings)
+    assert len(measured) == 1
+    quantize_checkpoint(dense_folder, tmp_path / "whole", settings)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob(f"{SCRATCH}*"))
+
+
+def test_a_scratch_file_that_is_not_complete_keeps_nothing(dense_folder, tmp_path, monkeypatch):
+    def stop(*_args) -> None:
+        unfinished = tmp_path / "out.partial" / f"{SCRATCH}losses.json.unfinished"
+        unfinished.write_text("[")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "measure_losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(dense_folder, tmp_path / "out", QuantizeSettings(bpw=3.0, calib="none"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+@contextmanager
+def small_files(nbytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond: what a full disk does, to this process alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_where_the_safetensors_library_writes(tmp_path):
+    """It has an error of its own, which is no OSError."""
+    path = tmp_path / "x.safetensors"
+    with small_files(1 << 16), pytest.raises(FluteError, match="cannot write") as caught:
+        load_or_train(path, lambda: {"a": torch.zeros(1 << 16)})
+    assert caught.value.where == str(path)
+    assert "File too large" in caught.value.why
+    assert not path.exists()
+
+
+def test_activations_are_told_of_on_a_full_disk(dense_folder, settings, tmp_path, monkeypatch):
+    def full(tensors, path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "save_file", full)
+        with pytest.raises(FluteError, match="No space left on device") as caught:
+            quantize_checkpoint(dense_folder, tmp_path / "out", settings)
+    assert SCRATCH in caught.value.where
+
+
+def test_room_for_activations_is_reserved(dense_folder, settings, tmp_path, monkeypatch):
+    """Three files at once of both paths, 4 windows x 64 tokens x 128 values of float32."""
+    three = 3 * 2 * 4 * 64 * 128 * 4
+    plan = plan_checkpoint(Checkpoint(dense_folder), settings)
+    for free, fits in ((plan.file_nbytes + three - 1, False), (plan.file_nbytes + three, True)):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        callbacks = stop_after(2, RuntimeError)
+        with pytest.raises(RuntimeError if fits else FluteError) as caught:
+            quantize_checkpoint(dense_folder, tmp_path / "out", settings, callbacks)
+        if not fits:
+            assert f"and {three:,} while it is made" in caught.value.why
+    # Two of the files lie there when it goes on.
+    left = sum(file_nbytes(unit.layout) for unit in plan.units[2:])
+    there = sum(p.stat().st_size for p in (tmp_path / "out.partial").glob(f"{SCRATCH}0*"))
+    assert 0.6 < there / three < 0.7
+    usage.free = left + three - there - 1000  # a header's bytes are not counted
+    with pytest.raises(FluteError, match="while it is made"):
+        quantize_checkpoint(dense_folder, tmp_path / "out", settings)
+    usage.free = left + three - there
+    quantize_checkpoint(dense_folder, tmp_path / "out", settings)
+
+
+def stop_after(units: int, error: type = KeyboardInterrupt) -> Callbacks:
     done = set()
 
     def on_module(report, unit) -> None:
         done.add(unit.name)
         if len(done) > units:
-            raise KeyboardInterrupt
+            raise error
 
     return Callbacks(on_module=on_module)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,24 @@ from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.format import LayerSpec, unpack
 from flute_vllm.quantize.calibration import Windows
+from flute_vllm.quantize.journal import SCRATCH, Attempts
+from flute_vllm.quantize.memory import (
+    TOKENS_AT_ONCE,
+    is_run_again,
+    memory_totals,
+    tuning_dtype,
+    tuning_parts,
+)
 from flute_vllm.quantize.names import StoredNames, decoder_stacks
 from flute_vllm.quantize.plan import Plan
 from flute_vllm.quantize.recipes import Finetuning
+from flute_vllm.quantize.room import available_memory, is_out_of_memory
 from flute_vllm.quantize.scales import round_scales
 from flute_vllm.quantize.state import sum_by_index
 from flute_vllm.writer import whole_file
 
 logger = logging.getLogger(__name__)
-FLOAT32_PARAMETERS = 1 << 30  # up to here in float32: bfloat16 logits are as far off as 4 bits are
-TOKENS_AT_ONCE = 4096  # of one forward pass
+MOST_KILLED = 2  # attempts; one may have been the user's doing, or of a machine that went down
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -121,65 +128,94 @@ def tune_scales(
     tuning: Finetuning,
     device: torch.device,
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    host_limit: int | None = None,
 ) -> Found:
     """Tensors to replace in the output, by name, and what was measured.
 
     Nothing is replaced when no epoch lowers the loss of the held-out windows, or, with a WARNING,
-    when the model cannot be loaded there: the output is then that of the steps of the recipe.
+    when the model cannot be loaded there or earlier attempts were killed: the output is then that
+    of the steps of the recipe.
 
     Args:
         folder: the dense model.
-        output: weight files of the finished quantization.
+        output: weight files of the finished quantization; a note of the attempt lies beside them.
         plan: specs of the modules, and the files they are in.
         windows: of the calibration text; the held-out ones judge.
         tuning: rates, epochs and what is minimised.
         device: where the model is loaded.
         on_step: called with the step, their number and the loss in nats a token.
+        host_limit: bytes of host memory that may be used; None: what is there.
     """
-    from flute_vllm.evaluate import load_dense
-
     checkpoint = Checkpoint(folder)
-    parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
-    is_large = parameters > FLOAT32_PARAMETERS
-    dtype = torch.bfloat16 if is_large and device.type != "cpu" else torch.float32
-    try:
-        _check_room(parameters * dtype.itemsize, plan.weights, device)
-        model = load_dense(folder, dtype).eval().requires_grad_(False).to(device)
-        layers = _replace_linears(model, checkpoint, output, plan, device)
-        if is_large and hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            # Blocks look at their own flag; that of what is inside would switch dropout on.
-            for stack in decoder_stacks(model):
-                for block in model.get_submodule(stack):
-                    block.training = True
-        return _Tuner(model, layers, windows, tuning, device).run(on_step)
-    except (torch.OutOfMemoryError, FluteError) as error:
-        # No reason to lose what hours of work gave: the output is complete without this.
-        why = error.why if isinstance(error, FluteError) else str(error).splitlines()[0]
-        logger.warning(
-            "flute: scales and tables are not tuned for the whole model on %s (%s); the "
-            "checkpoint is what the steps of recipe %s give",
-            device, why, plan.recipe.name,
-        )  # fmt: skip
-        return {}, {"left_out": why}
+    attempts = Attempts(output / f"{SCRATCH}tuning.json")
+    length = windows.ids.shape[1]
+    why = _why_not(attempts, checkpoint, plan, length, device, host_limit)
+    if not why:
+        with attempts.begun() as survived:
+
+            def told(step: int, steps: int, loss: float) -> None:
+                survived()  # of the first step: the next ones need no more memory
+                on_step(step, steps, loss)
+
+            try:
+                return _load_tuner(checkpoint, output, plan, windows, tuning, device).run(told)
+            except (RuntimeError, MemoryError, FluteError) as error:
+                if not (isinstance(error, FluteError) or is_out_of_memory(error)):
+                    raise
+                found = error.why if isinstance(error, FluteError) else str(error)
+                why = (found.splitlines() or [type(error).__name__])[0]
+    # No reason to lose what hours of work gave: the output is complete without this.
+    logger.warning(
+        "flute: scales and tables are not tuned for the whole model on %s (%s); the "
+        "checkpoint is what the steps of recipe %s give",
+        device, why, plan.recipe.name,
+    )  # fmt: skip
+    return {}, {"left_out": why}
 
 
-def _check_room(model: int, codes: int, device: torch.device) -> None:
-    """Raises OutOfMemoryError before anything is read where the model cannot fit.
+def _why_not(
+    attempts: Attempts, checkpoint: Checkpoint, plan: Plan, length: int, device: torch.device,
+    host_limit: int | None,
+) -> str:  # fmt: skip
+    """What stands against an attempt, found before anything is read; empty where nothing does.
 
-    On its way to a GPU the model is in host memory, where too much of it would end the process
-    after hours of work.
+    Too much memory is not always an error that can be caught: the kernel may end the process.
     """
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = {"the host": (model + (codes if device.type == "cpu" else 0), host)}
+    if attempts.killed >= MOST_KILLED:
+        return (
+            f"{attempts.killed} attempts were killed before their first step was done, as the "
+            "kernel does where memory ends; to try again, quantize anew: with --restart, or, once "
+            "the output is complete, after removing it"
+        )
+    parts = tuning_parts(checkpoint, plan, length, device.type)
+    on_host, on_device = memory_totals(parts, device.type)
+    free = available_memory()
+    there = {"the host": (on_host, free if host_limit is None else min(free, host_limit))}
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the steps used is not free until torch gives it back
-        needed[str(device)] = (model + codes, torch.cuda.mem_get_info(device)[0])
-    for place, (wanted, there) in needed.items():
-        if wanted > there:
-            raise torch.OutOfMemoryError(
-                f"weights and codes take {wanted:,} bytes, {place} has {there:,}"
-            )
+        there[str(device)] = (on_device, torch.cuda.mem_get_info(device)[0])
+    for place, (needed, left) in there.items():
+        if needed > left:
+            return f"it needs about {needed:,} bytes, {place} has {left:,}"
+    return ""
+
+
+def _load_tuner(
+    checkpoint: Checkpoint, output: Path, plan: Plan, windows: Windows, tuning: Finetuning,
+    device: torch.device,
+) -> _Tuner:  # fmt: skip
+    from flute_vllm.evaluate import load_dense
+
+    dtype = tuning_dtype(checkpoint, device.type)
+    model = load_dense(checkpoint.folder, dtype).eval().requires_grad_(False).to(device)
+    layers = _replace_linears(model, checkpoint, output, plan, device)
+    if is_run_again(checkpoint) and hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Blocks look at their own flag; that of what is inside would switch dropout on.
+        for stack in decoder_stacks(model):
+            for block in model.get_submodule(stack):
+                block.training = True
+    return _Tuner(model, layers, windows, tuning, device)
 
 
 class _Tuner:

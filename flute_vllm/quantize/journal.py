@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
-from flute_vllm.writer import MARKER, AtomicFolder, fsync, writing
+from flute_vllm.writer import MARKER, UNFINISHED, AtomicFolder, fsync, whole_file, writing
 
 JOURNAL = "flute-journal.jsonl"
 SCRATCH = "flute-scratch-"  # files of a run that are not part of its output begin so
@@ -55,9 +57,15 @@ class JournalFolder(AtomicFolder):
         return self
 
     def __exit__(self, kind, value, traceback) -> None:
-        """Keeps what is done; a folder without any is removed, it would only be in the way."""
-        if kind is not None and not self.done:
+        """Keeps what is done: files of units, and what was measured or trained before the first.
+
+        A folder without any is removed, it would only be in the way.
+        """
+        if kind is not None and not self.done and not self._has_scratch():
             shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _has_scratch(self) -> bool:
+        return any(path.suffix != UNFINISHED for path in self.partial.glob(f"{SCRATCH}*"))
 
     def _take_up(self) -> bool:
         if not (self.journal.is_file() and self.is_leftover()):
@@ -155,6 +163,42 @@ class JournalFolder(AtomicFolder):
         folder._check_same(lines[0]["fingerprint"], len(lines) - 1)
         folder._tidy()
         return True
+
+
+class Attempts:
+    """How often work was begun that may need too much memory, and the process was killed at it.
+
+    The kernel ends a process for its memory without an error that could be caught. A note beside
+    the output is on disk before the work begins, and removed once the worst is over or the work
+    ends in any other way, Ctrl-C included; so a note that is found tells of attempts that were
+    killed.
+
+    Args:
+        path: of the note.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def killed(self) -> int:
+        return json.loads(self._path.read_text())["begun"] if self._path.is_file() else 0
+
+    @contextmanager
+    def begun(self) -> Iterator[Callable[[], None]]:
+        """For the time of the work; what it yields is to be called when the worst is over."""
+        with whole_file(self._path) as unfinished:
+            unfinished.write_text(json.dumps({"begun": self.killed + 1}))
+        try:
+            yield self._forget
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._path.is_file():
+            with writing(self._path):
+                self._path.unlink()
+                fsync(self._path.parent)
 
 
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:

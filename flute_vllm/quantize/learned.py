@@ -21,6 +21,7 @@ from flute_vllm.errors import FluteError
 from flute_vllm.quantize.calibration import Windows
 from flute_vllm.quantize.plan import Plan
 from flute_vllm.quantize.recipes import Training
+from flute_vllm.quantize.room import is_out_of_memory
 from flute_vllm.quantize.scales import Quantizer, round_scales
 from flute_vllm.quantize.state import State, Statistics, row_blocks
 from flute_vllm.writer import whole_file
@@ -75,17 +76,17 @@ def train_scales(
     from flute_vllm.evaluate import load_model
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model, _ = load_model(folder, dtype, str(device))
-    model.requires_grad_(False)
-    layers = _replace_linears(model, plan)
-    if hasattr(model, "gradient_checkpointing_enable"):
-        # Non-reentrant: with every weight frozen no input of a block requires a gradient.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    optimizer = torch.optim.Adam([layer.scales for layer in layers.values()], lr=training.rate)
-    ids = windows.ids[: len(windows.ids) - windows.heldout]
-    steps = training.epochs * len(ids)
     try:
+        model, _ = load_model(folder, dtype, str(device))
+        model.requires_grad_(False)
+        layers = _replace_linears(model, plan)
+        if hasattr(model, "gradient_checkpointing_enable"):
+            # Non-reentrant: with every weight frozen no input of a block requires a gradient.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        optimizer = torch.optim.Adam([layer.scales for layer in layers.values()], lr=training.rate)
+        ids = windows.ids[: len(windows.ids) - windows.heldout]
+        steps = training.epochs * len(ids)
         for step in range(steps):
             window = ids[step % len(ids)][None].to(device)
             logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
@@ -99,10 +100,12 @@ def train_scales(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             on_step(step + 1, steps, float(loss.detach()))
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise FluteError(
-            "not enough GPU memory to train scales", where=str(device),
-            why=str(error).splitlines()[0],
+            "not enough memory to train scales", where=str(device),
+            why=(str(error).splitlines() or [type(error).__name__])[0],
             fix="use a smaller --length, or --recipe best, which needs one block at a time",
         ) from error  # fmt: skip
     return {name: layer.scales.detach().cpu() for name, layer in layers.items()}

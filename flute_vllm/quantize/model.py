@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from flute_vllm import __version__
 from flute_vllm.checkpoint import Checkpoint, read_json
 from flute_vllm.errors import FluteError
+from flute_vllm.format import TENSOR_NAMES, unpack
 from flute_vllm.quantize.allocate import allocate, shipped_options
 from flute_vllm.quantize.calibration import Windows
 from flute_vllm.quantize.finetune import load_or_tune, tune_scales
@@ -26,7 +28,13 @@ from flute_vllm.quantize.journal import SCRATCH, JournalFolder, source_fingerpri
 from flute_vllm.quantize.learned import load_or_train, train_scales, with_scales
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit, plan_checkpoint
 from flute_vllm.quantize.recipes import Trace, run_recipe
-from flute_vllm.quantize.report import ModuleReport, make_card, make_report
+from flute_vllm.quantize.report import (
+    ModuleReport,
+    after_tuning,
+    make_card,
+    make_report,
+    model_name,
+)
 from flute_vllm.quantize.sensitivity import load_or_measure, measure_losses
 from flute_vllm.quantize.state import State, Statistics, relative_error
 from flute_vllm.quantize.stream import (
@@ -37,6 +45,7 @@ from flute_vllm.quantize.stream import (
 )
 from flute_vllm.quantize.tensor import load_group, start_state
 from flute_vllm.schema import module_matches
+from flute_vllm.validate import validate_checkpoint
 from flute_vllm.writer import ShardWriter, file_nbytes, replace_tensors
 
 logger = logging.getLogger(__name__)
@@ -59,6 +68,7 @@ def quantize_checkpoint(
     settings: QuantizeSettings | None = None,
     callbacks: Callbacks | None = None,
     restart: bool = False,
+    host_limit: int | None = None,
 ) -> dict[str, Any]:
     """Writes the quantized checkpoint and returns the content of its report.json.
 
@@ -69,6 +79,8 @@ def quantize_checkpoint(
         settings: defaults are recipe ``fast``, 4 bits, groups of 64.
         callbacks: called with progress.
         restart: begin anew instead.
+        host_limit: bytes of host memory beyond which the tuning at the end is left out, with a
+            WARNING; None: as much as is free then. What comes before keeps to no limit.
 
     Raises:
         FluteError: an unusable source or setting, other settings than those of the run to be
@@ -107,7 +119,8 @@ def quantize_checkpoint(
         left = [unit for unit in plan.units if unit.name not in folder.done]
         if folder.done:
             callbacks.on_resume(plan, list(folder.done))
-        folder.reserve(sum(file_nbytes(unit.layout) for unit in left))
+        weights = sum(file_nbytes(unit.layout) for unit in left)
+        folder.reserve(weights, _scratch_nbytes(folder, stream, left))
         if windows is not None and plan.recipe.training is not None and left:
             trained = load_or_train(
                 folder.partial / f"{SCRATCH}scales.safetensors",
@@ -123,19 +136,37 @@ def quantize_checkpoint(
             folder.record(unit.name, unit.file, modules=[asdict(report) for report in reports])
             if stream is not None:
                 stream.forget_before(unit.name)
-        tuned = _tune(folder, checkpoint, plan, windows, device, callbacks)
+        tensors, measured = _tune(
+            folder, checkpoint, plan, windows, device, callbacks, host_limit
+        )  # fmt: skip
         for unit in plan.units:
             folder.count_shard(unit.file, unit.layout)
         modules = [m for unit in plan.units for m in folder.done[unit.name]["modules"]]
+        errors = _errors_after(tensors, folder, checkpoint, plan, device)
+        modules = [after_tuning(m, errors[m["module"]]) if m["module"] in errors else m
+                   for m in modules]  # fmt: skip
         report = make_report(plan, settings, modules, checkpoint, calibration)
-        if tuned is not None:
-            report["finetuning"] = tuned
+        if measured is not None:
+            report["finetuning"] = measured
         folder.copy_extras(checkpoint.folder)
         folder.write_json("report.json", report)
-        name = checkpoint.folder.resolve().name
-        folder.write_text("README.md", make_card(report, checkpoint.folder, name))
-        folder.commit({**checkpoint.config, "quantization_config": plan.config.to_json()})
+        card = make_card(report, checkpoint.folder, model_name(checkpoint.folder))
+        folder.write_text("README.md", card)
+        folder.write_index_and_config(
+            {**checkpoint.config, "quantization_config": plan.config.to_json()}
+        )
+        _check_readable(folder)
+        folder.publish()
     return report
+
+
+def _check_readable(folder: JournalFolder) -> None:
+    """Whatever reads our checkpoints must take this one, before it is one."""
+    try:
+        validate_checkpoint(Checkpoint(folder.partial))
+    except FluteError:
+        folder.withdraw_config()
+        raise
 
 
 def _tune(
@@ -145,21 +176,74 @@ def _tune(
     windows: Windows | None,
     device: torch.device,
     callbacks: Callbacks,
-) -> dict[str, Any] | None:
-    """Replaces scales and tables in the finished files by tuned ones, if the recipe tunes."""
+    host_limit: int | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Replaces scales and tables in the finished files by tuned ones, if the recipe tunes.
+
+    Returns:
+        The tensors that were replaced, by name, and what was measured; None without tuning.
+    """
     tuning = plan.recipe.finetuning
     if tuning is None or windows is None:
-        return None
+        return {}, None
     tensors, measured = load_or_tune(
         folder.partial / f"{SCRATCH}tuned.safetensors",
         lambda: tune_scales(
-            checkpoint.folder, folder.partial, plan, windows, tuning, device, callbacks.on_training
+            checkpoint.folder, folder.partial, plan, windows, tuning, device,
+            callbacks.on_training, host_limit,
         ),
-    )
+    )  # fmt: skip
     for unit in plan.units:
         found = {name: tensors[name] for name in unit.layout if name in tensors}
         replace_tensors(folder.partial / unit.file, unit.layout, found)
-    return measured
+    return tensors, measured
+
+
+def _errors_after(
+    tensors: Mapping[str, torch.Tensor],
+    folder: JournalFolder,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    device: torch.device,
+) -> dict[str, float]:
+    """Relative squared errors of the modules whose scales are among ``tensors``, from the files.
+
+    One module is in memory at a time. A resumed run reads the same files, so the figures are the
+    same.
+    """
+    errors = {}
+    for unit in plan.units if tensors else ():
+        with safe_open(folder.partial / unit.file, "pt", str(device)) as file:
+            for module in unit.modules:
+                if f"{module}.scales" not in tensors:
+                    continue
+                spec = plan.specs[module]
+                codes, scales, table = (file.get_tensor(f"{module}.{suffix}")
+                                        for suffix in TENSOR_NAMES)  # fmt: skip
+                stored = State(spec, table.float(), True, module, scales, unpack(codes, spec.bits))
+                weight = checkpoint.load(f"{module}.weight").to(device)
+                errors[module] = relative_error(weight, stored)
+    return errors
+
+
+def _scratch_nbytes(
+    folder: JournalFolder, stream: ActivationStream | None, left: Sequence[Unit]
+) -> int:
+    """Bytes of activations that will lie beside the weights at once, less those that do already.
+
+    Before a unit is in the journal there are three files: of what it reads, of what the unit
+    before it read, and of what follows it.
+    """
+    if stream is None:
+        return 0
+    saving = sum(1 for unit in left if unit.groups or unit.name != OUTSIDE) - 1  # all but the last
+    there = [path.stat().st_size for path in folder.partial.glob(f"{SCRATCH}[0-9]*.safetensors")]
+    model = stream.runner.model
+    width = model.get_input_embeddings().weight.shape[1]
+    hidden = getattr(model.config.get_text_config(), "hidden_size", width)
+    value = stream.runner.dtype.itemsize * (2 if stream.is_sequential else 1)
+    files = min(3, len(there) + max(0, saving))
+    return max(0, files * stream.windows.ids.numel() * hidden * value - sum(there))
 
 
 def _allocated(

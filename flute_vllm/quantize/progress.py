@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError, format_size
-from flute_vllm.quantize.memory import memory_parts
+from flute_vllm.quantize.calibration import NONE
+from flute_vllm.quantize.memory import (
+    OVERHEAD,
+    Part,
+    memory_parts,
+    memory_totals,
+    tuning_parts,
+    window_length,
+)
 from flute_vllm.quantize.model import Callbacks, choose_device
 from flute_vllm.quantize.plan import Plan, QuantizeSettings, Unit
-from flute_vllm.quantize.report import ModuleReport
+from flute_vllm.quantize.report import ModuleReport, told_output_error
 
-OVERHEAD = {"cpu": 500_000_000, "cuda": 1_500_000_000}  # Python, torch, a CUDA context
+logger = logging.getLogger(__name__)
 
 
 class ProgressBar:
@@ -112,32 +121,53 @@ def print_plan(
     )  # fmt: skip
     device = choose_device(settings.device).type
     parts = memory_parts(checkpoint, plan, settings, device)
+    _print_parts(console, parts)
+    console.print(
+        f"memory, estimated: {_told_totals(parts, device)}, with "
+        f"{format_size(OVERHEAD[device])} for Python and torch",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    tuning = _tuning(checkpoint, plan, settings, device)
+    if tuning:
+        _print_parts(console, tuning)
+        console.print(
+            f"tuning at the end, roughly: {_told_totals(tuning, device)}; left out where that is "
+            "not free",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _print_parts(console: Console, parts: list[Part]) -> None:
     for part in parts:
         place = "device" if part.is_on_device else "host"
         console.print(
             f"  {place:6} {format_size(part.nbytes):>9}  {part.what}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+
+
+def _told_totals(parts: list[Part], device: str) -> str:
     host, accelerator = memory_totals(parts, device)
     gpu = "" if device == "cpu" else f", {format_size(accelerator)} on the GPU"
-    console.print(
-        f"memory, estimated: {format_size(host)} on the host{gpu}, with "
-        f"{format_size(OVERHEAD[device])} for Python and torch",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    return f"{format_size(host)} on the host{gpu}"
 
 
-def memory_totals(parts: list[Any], device: str) -> tuple[int, int]:
-    """(host, device) bytes; everything is host memory on a CPU."""
-    on_device = sum(part.nbytes for part in parts if part.is_on_device)
-    on_host = sum(part.nbytes for part in parts if not part.is_on_device) + OVERHEAD[device]
-    return (on_host + on_device, 0) if device == "cpu" else (on_host, on_device + OVERHEAD[device])
+def _tuning(
+    checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings, device: str
+) -> list[Part]:
+    """What the tuning at the end of a run needs; empty for a run without."""
+    if plan.recipe.finetuning is None or settings.calib == NONE:
+        return []
+    return tuning_parts(checkpoint, plan, window_length(checkpoint, plan, settings), device)
 
 
 def check_memory(
     checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings, ram: float | None
 ) -> None:
-    """Raises FluteError where ``--ram`` (GB) is less than the plan needs, before any work."""
+    """Raises FluteError where ``--ram`` (GB) is less than the plan needs, before any work.
+
+    Tuning at the end, which is left out then, is only told of by a WARNING.
+    """
     if ram is None:
         return
     device = choose_device(settings.device).type
@@ -152,12 +182,19 @@ def check_memory(
             fix="use fewer --samples or a smaller --length, --recipe fast, or a GPU "
             "(--dry-run shows the sum)",
         )  # fmt: skip
+    tuning, _ = memory_totals(_tuning(checkpoint, plan, settings, device), device)
+    if tuning > ram * 1e9:
+        logger.warning(
+            "flute: the tuning at the end of recipe %s needs about %s of host memory, more than "
+            "--ram %g: it will be left out",
+            plan.recipe.name, format_size(tuning), ram,
+        )  # fmt: skip
 
 
 def summary(report: dict[str, Any], out: Path) -> str:
     totals = report["totals"]
-    of_output = totals["mean_output_error"]
-    outputs = "" if of_output is None else f", {of_output:.3g} of the outputs"
+    of_output = told_output_error(totals)
+    outputs = f", of the outputs {of_output}" if of_output else ""
     return (
         f"{out}: {totals['modules']} modules at {totals['bits_per_weight']:.2f} bits "
         f"per weight, {format_size(totals['source_bytes'])} -> "

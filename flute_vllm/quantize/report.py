@@ -10,6 +10,9 @@ from flute_vllm import __version__
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.quantize.plan import Plan, QuantizeSettings
 
+BEFORE_TUNING = "output_error_before_tuning"
+_HUB = "models--"  # how folders of the hub's cache begin: models--org--name/snapshots/<hash>
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -19,6 +22,10 @@ class ModuleReport:
     held-out activations, None without calibration. ``gates`` tells each step's error, on those
     activations or else on the weights, and whether its result was kept; it belongs to the fused
     group. ``seconds`` is the module's share of its group's time.
+
+    Where scales and table were tuned for the whole model since, ``error`` is that of the tuned
+    weights, and ``output_error``, which is not measured again, is told as
+    ``output_error_before_tuning`` (:func:`after_tuning`).
     """
 
     module: str
@@ -29,6 +36,12 @@ class ModuleReport:
     output_error: float | None
     gates: list[dict[str, Any]]
     seconds: float
+
+
+def after_tuning(module: dict[str, Any], error: float) -> dict[str, Any]:
+    """A module's report once its scales and table were replaced, with its new ``error``."""
+    before = module["output_error"]
+    return {**module, "error": error, "output_error": None, BEFORE_TUNING: before}
 
 
 def make_report(
@@ -42,10 +55,13 @@ def make_report(
     weights = sum(module["weights"] for module in modules)
 
     def mean(field: str) -> float | None:
-        known = [(m[field], m["weights"]) for m in modules if m[field] is not None]
+        known = [(m[field], m["weights"]) for m in modules if m.get(field) is not None]
         total = sum(weight for _, weight in known)
         return sum(value * weight for value, weight in known) / total if total else None
 
+    # A mean over both kinds of output errors would be of no model.
+    before = {f"mean_{BEFORE_TUNING}": mean(BEFORE_TUNING)} if any(
+        BEFORE_TUNING in module for module in modules) else {}  # fmt: skip
     return {
         "version": __version__,
         "settings": settings.to_json(),
@@ -56,7 +72,8 @@ def make_report(
             "weights": weights,
             "bits_per_weight": plan.bits_per_weight,
             "mean_error": mean("error"),
-            "mean_output_error": mean("output_error"),
+            "mean_output_error": None if before else mean("output_error"),
+            **before,
             "source_bytes": checkpoint.nbytes,
             "output_bytes": plan.nbytes,
             "seconds": sum(module["seconds"] for module in modules),
@@ -113,15 +130,30 @@ def make_card(report: dict[str, Any], source: Path, name: str) -> str:
         )
         if "sha256" in calibration:
             described += f", SHA-256 of the text `{calibration['sha256'][:16]}`"
-    output_error = totals["mean_output_error"]
     return CARD.format(
         front=_front_matter(source), name=name, bits=settings["bits"], version=report["version"],
         recipe=report["recipe"]["name"], summary=report["recipe"]["summary"],
         bpw=totals["bits_per_weight"], group_size=settings["group_size"], calibration=described,
         modules=totals["modules"], weights=totals["weights"], bytes=totals["output_bytes"],
         source_bytes=totals["source_bytes"], error=totals["mean_error"],
-        output_error="not measured" if output_error is None else f"{output_error:.3g}",
+        output_error=told_output_error(totals) or "not measured",
     )  # fmt: skip
+
+
+def told_output_error(totals: dict[str, Any]) -> str:
+    """The mean output error of a report for people; empty where none was measured."""
+    error, before = totals["mean_output_error"], totals.get(f"mean_{BEFORE_TUNING}")
+    if error is not None:
+        return f"{error:.3g}"
+    return "" if before is None else f"{before:.3g} before tuning for the whole model"
+
+
+def model_name(folder: Path) -> str:
+    """What a source is called: its id on the hub if it lies in the hub's cache, else its folder."""
+    path = folder.resolve()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith(_HUB):
+        return path.parents[1].name.removeprefix(_HUB).replace("--", "/", 1)
+    return path.name
 
 
 def _front_matter(source: Path) -> str:

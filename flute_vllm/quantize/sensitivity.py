@@ -20,6 +20,7 @@ from flute_vllm.quantize.allocate import Group
 from flute_vllm.quantize.codebooks import Codebook
 from flute_vllm.quantize.lloyd import learn_table
 from flute_vllm.quantize.names import StoredNames
+from flute_vllm.quantize.room import is_out_of_memory
 from flute_vllm.quantize.state import Statistics
 from flute_vllm.quantize.tensor import start_state
 from flute_vllm.writer import whole_file
@@ -72,9 +73,11 @@ def measure_losses(
             losses[group] = float((dense.exp() * (dense - found)).sum(-1).mean())
             for layer, part in zip(layers, before, strict=True):
                 layer.weight.data = part
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise FluteError(
-            "not enough GPU memory to measure what each layer needs", where="--bpw",
+            "not enough memory to measure what each layer needs", where="--bpw",
             why=str(error).splitlines()[0],
             fix="leave --bpw out: recipes then need one block at a time; or use --override",
         ) from error  # fmt: skip
