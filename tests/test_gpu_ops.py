@@ -276,8 +276,6 @@ def test_tensors_that_the_kernels_cannot_read_are_refused():
     for wrong in (records.cpu(), records.float(), torch.stack([records, records], 1)[:, 0]):
         with pytest.raises(RuntimeError, match="argument qweight"):
             torch.ops.flute.gemm(x.to(scales.dtype), wrong, scales, table, *rest)
-    with pytest.raises(RuntimeError, match="argument weight"):
-        torch.ops.flute.rms_norm(x.bfloat16(), torch.ones(512).cuda().bfloat16()[::2], 1e-6)
 
 
 def test_importer_decodes_on_the_gpu():
