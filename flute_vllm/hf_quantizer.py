@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -111,9 +112,7 @@ class FluteHfQuantizer(HfQuantizer):
                         why=f"{found.dtype} {list(found.shape)}, expected {dtype} "
                         f"{list(shape)}", fix="download or quantize the checkpoint again",
                     )  # fmt: skip
-                # transformers marks what it has read, and leaves the rest as the memory was.
-                is_read = getattr(found, "_is_hf_initialized", False) or found.is_meta  # offloaded
-                if not is_read:
+                if _is_left_unread(module, found):
                     unfilled.append(f"{name}.{key}")
         if unfilled:
             raise FluteError(
@@ -131,3 +130,14 @@ class FluteHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _is_left_unread(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether transformers found no tensor for a buffer, and left it as the memory was.
+
+    From release 5 on it marks what it has read. accelerate, which offloads layers, moves the
+    buffers of its hooks' modules, and the mark is lost.
+    """
+    marks = int(transformers.__version__.partition(".")[0]) >= 5
+    is_moved = tensor.is_meta or hasattr(module, "_hf_hook")
+    return marks and not is_moved and not getattr(tensor, "_is_hf_initialized", False)

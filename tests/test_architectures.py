@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from flute_vllm.checkpoint import Checkpoint
@@ -14,9 +19,10 @@ from flute_vllm.quantize.activations import observe
 from flute_vllm.quantize.blocks import BlockRunner
 from flute_vllm.quantize.model import quantize_checkpoint
 from flute_vllm.quantize.names import model_class
-from flute_vllm.quantize.plan import QuantizeSettings
+from flute_vllm.quantize.plan import QuantizeSettings, plan_checkpoint
 from flute_vllm.validate import validate_checkpoint
 
+BUNDLED = Path(__file__).resolve().parents[1] / "examples" / "stdlib_model" / "model"
 COMMON = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 128, "intermediate_size": 128, "num_key_value_heads": 2,
@@ -123,6 +129,62 @@ def test_the_decoder_of_a_model_that_reads_images_is_quantized(kind, tmp_path):
     with torch.no_grad():
         found, expected = (model(input_ids=ids).logits for model in (loaded, twin))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["learned", "best"])
+def test_recipes_that_look_at_the_whole_model_find_its_decoder(recipe, tmp_path):
+    folder = write_model(tmp_path / "dense", "llava", MULTIMODAL["llava"] | {
+        "text_config": MULTIMODAL["llava"]["text_config"] | {"vocab_size": 4096}})  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(BUNDLED / name, folder / name)
+    settings = QuantizeSettings(
+        recipe=recipe, device="cpu", samples=4, length=32, group_size=32, bits=3
+    )
+    report = quantize_checkpoint(folder, tmp_path / "out", settings)
+    validate_checkpoint(Checkpoint(tmp_path / "out"))
+    assert len(report["modules"]) == 14
+    assert "left_out" not in report.get("finetuning", {})
+
+
+def test_names_of_two_kinds_mean_the_same(tmp_path):
+    """Bits by module, skipped and unfit modules, for vLLM (names on disk) and transformers."""
+    folder = write_model(tmp_path / "dense", "llava", MULTIMODAL["llava"])
+    settings = QuantizeSettings(
+        recipe="nf", device="cpu", group_size=128, skip=("re:language_model.*1.mlp.up_proj",),
+        overrides={"re:language_model.*0.mlp.*": 3, "re:language_model.*1.self_attn.*": 2},
+    )  # fmt: skip
+    plan = plan_checkpoint(Checkpoint(folder), replace(settings, skip=(), overrides={}))
+    assert not [m for m in plan.specs if "down_proj" not in m]  # the others have 64 columns
+    settings = replace(settings, group_size=32)
+    with pytest.raises(FluteError, match="gate_proj"):  # vLLM fuses it with up_proj
+        quantize_checkpoint(folder, tmp_path / "none", settings)
+    settings = replace(settings, skip=("re:language_model.*1.mlp.down_proj",))
+    quantize_checkpoint(folder, tmp_path / "out", settings)
+    twin, ids = load_twin(tmp_path / "out").eval(), torch.tensor([[5, 77, 201]])
+    loaded = type(twin).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, FluteLinear)}
+    assert {n.rpartition(".")[2]: m.spec.bits for n, m in layers.items() if ".0." in n} == {
+        "q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 3, "up_proj": 3,
+        "down_proj": 3,
+    }  # fmt: skip
+    assert len(layers) == 13
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits for model in (loaded, twin))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["embeddings", "norm"])
+def test_what_is_wrong_with_weights_is_no_matter_of_the_architecture(place, tmp_path):
+    folder = write_model(tmp_path / "dense", "stablelm", {})
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = {"embeddings": "model.embed_tokens.weight",
+            "norm": "model.layers.0.input_layernorm.weight"}[place]  # fmt: skip
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    settings = QuantizeSettings(device="cpu", samples=4, length=32, group_size=32)
+    with pytest.raises(FluteError, match=name):
+        quantize_checkpoint(folder, tmp_path / "out", settings)
 
 
 def check_moments(folder) -> None:

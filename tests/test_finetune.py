@@ -268,3 +268,17 @@ def test_only_what_the_file_has_is_replaced(tmp_path):
     path.write_bytes(bytes(200))
     with pytest.raises(FluteError, match="unexpected tensor"):
         replace_tensors(path, layout, {"a": torch.zeros(3)})
+
+
+def test_a_head_that_was_tied_is_tuned_too(tmp_path):
+    """It is in no file of the source, so names must come from the plan."""
+    dense = tmp_path / "dense"
+    write_tiny_model(dense, "qwen2", vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL / name, dense / name)
+    tuning = {"rate": 0.01, "table_rate": 0.002, "epochs": 1, "tokens": 128}
+    report = quantize_checkpoint(
+        dense, tmp_path / "out", settings_of(tmp_path, tuning, lm_head=True)
+    )
+    assert "lm_head" in report["modules"]
+    assert "left_out" not in report["finetuning"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -100,11 +101,19 @@ def run_in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-@pytest.mark.timeout(300)
-def test_killed_at_random_moments(dense_folder, settings, tmp_path, monkeypatch):
-    """20 times kill -9, at reads, in GPTQ, at writes, syncs and renames; the same bytes."""
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in forked processes: sums of more threads differ in their last digits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_random_moments(dense_folder, settings, tmp_path, monkeypatch):
+    """20 times kill -9, at reads, in GPTQ, at writes, syncs and renames; the same bytes."""
     events: list[str] = []
     with monkeypatch.context() as patched:
         count_events(patched.setattr, events.append)
@@ -133,9 +142,9 @@ def test_killed_at_random_moments(dense_folder, settings, tmp_path, monkeypatch)
         quantize_checkpoint(dense_folder, out, settings)
         assert hashes(out) == expected, f"killed at event {moment}, {events[moment]}"
         shutil.rmtree(out)
-    torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_tuning_that_was_killed_twice_is_left_out(dense_folder, settings, tmp_path, caplog):
     """As by the kernel where memory ends; once may be anybody, and the bytes are the same then."""
     quantize_checkpoint(dense_folder, tmp_path / "whole", settings)
@@ -378,3 +387,16 @@ def test_a_weight_with_nan_stops_with_its_name_and_keeps_the_rest(dense_folder, 
     assert caught.value.where == name
     assert "[3, 5]" in caught.value.why
     assert (tmp_path / "out.partial" / "model-00002-of-00004.safetensors").exists()
+
+
+def test_other_settings_begin_anew_where_no_file_is_done(dense_folder, tmp_path, caplog):
+    """What --bpw measured is kept when the target proves too low; the next run asks for more."""
+    settings = QuantizeSettings(recipe="nf", bpw=2.0, calib="none", group_size=32, device="cpu")
+    with pytest.raises(FluteError, match="too few bits"):
+        quantize_checkpoint(dense_folder, tmp_path / "out", settings)
+    assert list((tmp_path / "out.partial").glob("flute-scratch-*"))
+    plain = dataclasses.replace(settings, bpw=None)
+    with caplog.at_level("WARNING", logger="flute_vllm"):
+        quantize_checkpoint(dense_folder, tmp_path / "out", plain)
+    assert "begun anew" in caplog.text
+    validate_checkpoint(Checkpoint(tmp_path / "out"))

@@ -17,11 +17,16 @@ from torch import nn
 from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.names import StoredNames, model_class
+from flute_vllm.quantize.room import is_out_of_memory
 from flute_vllm.quantize.standins import Catcher, Source, Tail
 from flute_vllm.quantize.tensor import check_finite
 
 _TOKENS_AT_ONCE = 4096  # of one forward pass; bounds the memory of attention and MLP
 _WITHOUT = "use steps that need no activations: --recipe fast --calib none"
+
+
+class NotRunnable(FluteError):
+    """An architecture that cannot be run block by block; not what is wrong with its weights."""
 
 
 class BlockRunner:
@@ -71,9 +76,11 @@ class BlockRunner:
         """Whatever a model raises is told as what it is: an architecture that cannot be run."""
         try:
             yield
-        except (FluteError, MemoryError, torch.OutOfMemoryError):
+        except FluteError:
             raise
         except Exception as error:  # the code of some hundred architectures
+            if is_out_of_memory(error):
+                raise
             raise self._unsupported(f"{type(error).__name__}: {error}") from error
 
     @torch.no_grad()
@@ -238,8 +245,8 @@ class BlockRunner:
             placed = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
             _assign(module, name, placed)
 
-    def _unsupported(self, why: str) -> FluteError:
-        return FluteError(
+    def _unsupported(self, why: str) -> NotRunnable:
+        return NotRunnable(
             "cannot run this architecture block by block",
             where=f"{self.checkpoint.folder}: {type(self.model).__name__}",
             why=why,
@@ -281,7 +288,7 @@ def _model_without_weights(checkpoint: Checkpoint) -> nn.Module:
             config = AutoConfig.from_pretrained(checkpoint.folder)
             return model_class(config).from_config(config)
     except Exception as error:  # transformers raises many kinds for a config it cannot use
-        raise FluteError(
+        raise NotRunnable(
             "cannot build the model that config.json describes",
             where=str(checkpoint.folder / "config.json"),
             why=f"{type(error).__name__}: {error}",

@@ -37,7 +37,7 @@ from flute_vllm.quantize.memory import (
     tuning_dtype,
     tuning_parts,
 )
-from flute_vllm.quantize.names import StoredNames, decoder_stacks
+from flute_vllm.quantize.names import decoder_stacks, find_linears
 from flute_vllm.quantize.plan import Plan
 from flute_vllm.quantize.recipes import Finetuning
 from flute_vllm.quantize.room import available_memory, is_out_of_memory
@@ -307,11 +307,7 @@ def _replace_linears(
     model: nn.Module, checkpoint: Checkpoint, output: Path, plan: Plan, device: torch.device
 ) -> dict[str, TunedLinear]:
     """The layers that are tuned, by checkpoint name."""
-    names = StoredNames(model, checkpoint)
-    linears = {
-        stored: name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (stored := names.matrix(name)) in plan.specs
-    }  # fmt: skip
+    linears = find_linears(model, checkpoint, plan.specs)
     lost = [module for module in plan.specs if module not in linears]
     if lost:
         raise FluteError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.writer import MARKER, UNFINISHED, AtomicFolder, fsync, whole_file, writing
 
+logger = logging.getLogger(__name__)
 JOURNAL = "flute-journal.jsonl"
 SCRATCH = "flute-scratch-"  # files of a run that are not part of its output begin so
 
@@ -72,6 +74,12 @@ class JournalFolder(AtomicFolder):
             return False
         lines = self._lines()
         if not lines or "fingerprint" not in lines[0]:
+            return False
+        if len(lines) == 1 and lines[0]["fingerprint"] != self._fingerprint:
+            logger.warning(
+                "flute: %s is begun anew: it has no finished file, and what was measured or "
+                "trained there is of other settings", self.partial,
+            )  # fmt: skip
             return False
         self._check_same(lines[0]["fingerprint"], len(lines) - 1)
         self.done = {line["unit"]: line for line in lines[1:]}

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from flute_vllm.checkpoint import Checkpoint
 from flute_vllm.errors import FluteError
 from flute_vllm.quantize.calibration import Windows
+from flute_vllm.quantize.names import find_linears
 from flute_vllm.quantize.plan import Plan
 from flute_vllm.quantize.recipes import Training
 from flute_vllm.quantize.room import is_out_of_memory
@@ -79,7 +81,7 @@ def train_scales(
     try:
         model, _ = load_model(folder, dtype, str(device))
         model.requires_grad_(False)
-        layers = _replace_linears(model, plan)
+        layers = _replace_linears(model, Checkpoint(folder), plan)
         if hasattr(model, "gradient_checkpointing_enable"):
             # Non-reentrant: with every weight frozen no input of a block requires a gradient.
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,19 +113,21 @@ def train_scales(
     return {name: layer.scales.detach().cpu() for name, layer in layers.items()}
 
 
-def _replace_linears(model: nn.Module, plan: Plan) -> dict[str, StraightThroughLinear]:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+def _replace_linears(
+    model: nn.Module, checkpoint: Checkpoint, plan: Plan
+) -> dict[str, StraightThroughLinear]:
+    linears = find_linears(model, checkpoint, plan.specs)
+    lost = [module for module in plan.specs if module not in linears]
+    if lost:
+        raise FluteError(
+            "a module is not found", where=f"{type(model).__name__}: {lost[0]}",
+            why=f"{len(lost)} of {len(plan.specs)} modules to quantize have another name in the "
+            f"model of transformers, the first is {lost[0]}",
+            fix="use --recipe balanced, which trains nothing",
+        )  # fmt: skip
     layers = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        stored = next(
-            (n for n in (name, f"{prefix}{name}", name.removeprefix(prefix)) if n in plan.specs),
-            None,
-        )
-        if stored is None:
-            continue
-        spec = plan.specs[stored]
+    for stored, name in linears.items():
+        module, spec = model.get_submodule(name), plan.specs[stored]
         table = plan.codebooks[spec.bits].values.to(spec.torch_scale_dtype)
         quantizer = Quantizer(table.to(module.weight.device), spec.bits)
         group = module.in_features if spec.group_size == -1 else spec.group_size

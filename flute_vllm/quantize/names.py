@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from functools import cache
 from typing import Any
 
@@ -122,6 +123,21 @@ class StoredNames:
         if len(fitting) != 1 or fitting[0].rpartition(".")[2] != leaf:
             return None
         return f"{parent}." if parent else "", fitting[0].removesuffix(leaf)
+
+
+def find_linears(
+    model: torch.nn.Module, checkpoint: Checkpoint, modules: Container[str]
+) -> dict[str, str]:
+    """Names in the model of linear modules, by stored name, of those that ``modules`` has."""
+    names = StoredNames(model, checkpoint)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            # Not by what is in the files: a head that was tied may be there since.
+            stored = next((c for c in names.candidates(name) if c in modules), None)
+            if stored is not None:
+                found[stored] = name
+    return found
 
 
 def dense_by_architecture(model: torch.nn.Module) -> tuple[list[str], str]:

@@ -153,6 +153,7 @@ def plan_checkpoint(
             f"bits, group sizes and tables will be chosen to fill {settings.bpw:g} bits per "
             "weight, once it is measured what each module needs; sizes shown are those without"
         )
+    config = _with_aliases(config, selection)
     found = {module: config.spec_for(module) for module in selection.linears}
     specs = {module: spec for module, spec in found.items() if spec is not None}
     _check_patterns(settings, selection)
@@ -195,15 +196,36 @@ def _with_allocated(
     config: FluteQuantizationConfig, allocated: Mapping[str, LayerSpec]
 ) -> FluteQuantizationConfig:
     default = config.default_spec()
-    overrides = {}
-    for module, spec in allocated.items():
-        changes = {
-            name: getattr(spec, name)
-            for name in ("bits", "group_size", "table_kind")
-            if getattr(spec, name) != getattr(default, name)
-        }
-        if changes:
-            overrides[module] = Override(**changes)
+    return _with_overrides(config, {
+        module: Override(**changes) for module, spec in allocated.items()
+        if (changes := _changes(spec, default))
+    })  # fmt: skip
+
+
+def _with_aliases(config: FluteQuantizationConfig, selection: Selection) -> FluteQuantizationConfig:
+    """What holds for modules by their stored names holds by those of transformers, too."""
+    default, dense, overrides = config.default_spec(), [], {}
+    for stored, name in selection.aliases.items():
+        spec = config.spec_for(stored)
+        if spec == config.spec_for(name):
+            continue
+        if spec is None:
+            dense.append(name)
+        else:
+            overrides[name] = Override(**(_changes(spec, default) or {"bits": spec.bits}))
+    kept = [*config.modules_to_not_convert, *dense]
+    return _with_overrides(config.model_copy(update={"modules_to_not_convert": kept}), overrides)
+
+
+def _changes(spec: LayerSpec, default: LayerSpec) -> dict[str, Any]:
+    names = ("bits", "group_size", "table_kind")
+    return {n: getattr(spec, n) for n in names if getattr(spec, n) != getattr(default, n)}
+
+
+def _with_overrides(
+    config: FluteQuantizationConfig, overrides: Mapping[str, Override]
+) -> FluteQuantizationConfig:
+    """Those before the config's own: the first that matches counts."""
     merged = {**config.to_json(), "overrides": {
         pattern: change.model_dump(exclude_none=True)
         for pattern, change in {**overrides, **config.overrides}.items()

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flute_vllm.checkpoint import Checkpoint
-from flute_vllm.errors import FluteError
 from flute_vllm.quantize.activations import not_run, observe
-from flute_vllm.quantize.blocks import BlockRunner
+from flute_vllm.quantize.blocks import BlockRunner, NotRunnable
 from flute_vllm.quantize.calibration import NONE, RANDOM, Windows, cut, draw
 from flute_vllm.quantize.journal import SCRATCH
 from flute_vllm.quantize.plan import OUTSIDE, Plan, QuantizeSettings, Unit
@@ -213,7 +212,7 @@ def open_stream(
         stream = ActivationStream(checkpoint, plan, windows, device)
         stream.runner.probe(windows.ids[:2, :_PROBED_TOKENS])
         return stream
-    except FluteError as error:
+    except NotRunnable as error:
         if plan.recipe.needs != RANDOM:
             raise
         logger.warning(

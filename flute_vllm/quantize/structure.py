@@ -34,13 +34,15 @@ class Selection:
 
     ``dense`` holds every linear module that stays dense, under the name that vLLM knows;
     ``notes`` has one message for each kind of module that was skipped and why. ``blocks`` names
-    the decoder blocks in order, as tensor names begin with them.
+    the decoder blocks in order, as tensor names begin with them. ``aliases`` has transformers'
+    names of those ``linears`` for which it has quite another one.
     """
 
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     dense: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def keep(self, stored: str | None, name: str) -> None:
         """Notes a dense module under its stored name, and that of transformers where it is another
@@ -90,6 +92,8 @@ def select_modules(checkpoint: Checkpoint, with_head: bool = False) -> Selection
         elif (inside or module is head) and stored is not None:
             _check_shape(checkpoint, stored, module)
             selection.linears[stored] = (module.out_features, module.in_features)
+            if not module_matches(stored, name):
+                selection.aliases[stored] = name
         else:
             selection.keep(stored, name)
             if inside:
