@@ -109,9 +109,9 @@ def _check_choice(name: str, value: object, allowed: tuple) -> None:
         )
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows of [N, K] that hold about ``BLOCK_WEIGHTS`` weights each."""
-    step = max(1, BLOCK_WEIGHTS // max(1, columns))
+def row_blocks(rows: int, columns: int, weights: int = 0) -> Iterator[slice]:
+    """Slices of rows of [N, K] that hold about so many weights each, by default BLOCK_WEIGHTS."""
+    step = max(1, (weights or BLOCK_WEIGHTS) // max(1, columns))
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -155,7 +155,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes.shape
     shape = (rows, columns // UNIT * bits)
     packed = torch.empty(shape, dtype=torch.int32, device=codes.device)
-    for block in _row_blocks(rows, columns):
+    for block in row_blocks(rows, columns):
         packed[block] = _pack_rows(codes[block], bits)
     return packed
 
@@ -179,7 +179,7 @@ def unpack(qweight: torch.Tensor, bits: int) -> torch.Tensor:
     _check_choice("bits", bits, BITS)
     rows, columns = qweight.shape[0], qweight.shape[1] // bits * UNIT
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=qweight.device)
-    for block in _row_blocks(rows, columns):
+    for block in row_blocks(rows, columns):
         codes[block] = _unpack_rows(qweight[block], bits)
     return codes
 
@@ -214,7 +214,7 @@ def dequantize_codes(
         [N, K] in ``dtype``.
     """
     weight = torch.empty(codes.shape, dtype=dtype or scales.dtype, device=codes.device)
-    for block in _row_blocks(*codes.shape):
+    for block in row_blocks(*codes.shape):
         weight[block] = _exact_rows(codes[block], scales[block], table)
     return weight
 

@@ -241,10 +241,10 @@ def dense_namesakes(checkpoint: Checkpoint, modules: Iterable[str]) -> list[str]
     modules = set(modules)
     leaves = {module.rpartition(".")[2] for module in modules}
     stored = (
-        (name.rpartition(".")[0], info) for name, info in checkpoint.tensors.items()
+        name.removesuffix(".weight") for name, info in checkpoint.tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2
     )  # fmt: skip
-    return [m for m, _ in stored if m.rpartition(".")[2] in leaves and m not in modules]
+    return [m for m in stored if m.rpartition(".")[2] in leaves and m not in modules]
 
 
 def _check_fused(checkpoint: Checkpoint, specs: dict[str, LayerSpec]) -> None:

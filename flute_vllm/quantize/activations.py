@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flute_vllm.errors import FluteError
-from flute_vllm.quantize.blocks import BlockRunner
+from flute_vllm.quantize.blocks import WITHOUT_ACTIVATIONS, BlockRunner
 from flute_vllm.quantize.state import Statistics
 
 
@@ -171,7 +171,7 @@ def _by_window(x: torch.Tensor, output: torch.Tensor, module: str) -> torch.Tens
         raise FluteError(
             "cannot collect the moments of an input", where=module,
             why=f"it reads {list(x.shape)}, of {windows} windows of {tokens} tokens",
-            fix="use steps that need no activations: --recipe fast --calib none",
+            fix=WITHOUT_ACTIVATIONS,
         )  # fmt: skip
     return x
 
@@ -181,6 +181,5 @@ def not_run(module: str) -> FluteError:
     return FluteError(
         "cannot collect the moments of an input", where=module,
         why="its block does not run it on text",
-        fix="leave it dense (--skip), or use steps that need no activations: "
-        "--recipe fast --calib none",
+        fix=f"leave it dense (--skip), or {WITHOUT_ACTIVATIONS}",
     )  # fmt: skip

@@ -22,7 +22,7 @@ from flute_vllm.quantize.standins import Catcher, Source, Tail
 from flute_vllm.quantize.tensor import check_finite
 
 _TOKENS_AT_ONCE = 4096  # of one forward pass; bounds the memory of attention and MLP
-_WITHOUT = "use steps that need no activations: --recipe fast --calib none"
+WITHOUT_ACTIVATIONS = "use steps that need no activations: --recipe fast --calib none"
 
 
 class NotRunnable(FluteError):
@@ -250,7 +250,7 @@ class BlockRunner:
             "cannot run this architecture block by block",
             where=f"{self.checkpoint.folder}: {type(self.model).__name__}",
             why=why,
-            fix=_WITHOUT,
+            fix=WITHOUT_ACTIVATIONS,
         )
 
 
@@ -292,5 +292,5 @@ def _model_without_weights(checkpoint: Checkpoint) -> nn.Module:
             "cannot build the model that config.json describes",
             where=str(checkpoint.folder / "config.json"),
             why=f"{type(error).__name__}: {error}",
-            fix=f"correct config.json, or {_WITHOUT}",
+            fix=f"correct config.json, or {WITHOUT_ACTIVATIONS}",
         ) from error

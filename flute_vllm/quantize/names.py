@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
 import torch
 
 from flute_vllm.checkpoint import Checkpoint
+from flute_vllm.errors import FluteError
 from flute_vllm.resources import data_path
 
 
@@ -126,9 +127,12 @@ class StoredNames:
 
 
 def find_linears(
-    model: torch.nn.Module, checkpoint: Checkpoint, modules: Container[str]
+    model: torch.nn.Module, checkpoint: Checkpoint, modules: Collection[str]
 ) -> dict[str, str]:
-    """Names in the model of linear modules, by stored name, of those that ``modules`` has."""
+    """Names in the model of linear modules, by stored name: of all in ``modules``.
+
+    Raises FluteError for one that is not found.
+    """
     names = StoredNames(model, checkpoint)
     found = {}
     for name, module in model.named_modules():
@@ -137,6 +141,14 @@ def find_linears(
             stored = next((c for c in names.candidates(name) if c in modules), None)
             if stored is not None:
                 found[stored] = name
+    lost = [module for module in modules if module not in found]
+    if lost:
+        raise FluteError(
+            "a module is not found", where=f"{type(model).__name__}: {lost[0]}",
+            why=f"{len(lost)} of {len(modules)} modules to quantize have another name in the "
+            f"model of transformers, the first is {lost[0]}",
+            fix="use what needs one block at a time: --recipe balanced without --bpw",
+        )  # fmt: skip
     return found
 
 

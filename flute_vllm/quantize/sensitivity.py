@@ -7,7 +7,7 @@ The differences are those of the same tokens, so a few thousand tokens order the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from flute_vllm.errors import FluteError
 from flute_vllm.quantize.allocate import Group
 from flute_vllm.quantize.codebooks import Codebook
 from flute_vllm.quantize.lloyd import learn_table
-from flute_vllm.quantize.names import StoredNames
+from flute_vllm.quantize.names import find_linears
 from flute_vllm.quantize.room import is_out_of_memory
 from flute_vllm.quantize.state import Statistics
 from flute_vllm.quantize.tensor import start_state
@@ -32,7 +32,7 @@ _LENGTH = 256  # short windows: what errors cost depends little on it, attention
 @torch.no_grad()
 def measure_losses(
     checkpoint: Checkpoint,
-    groups: Iterable[Group],
+    groups: Collection[Group],
     spec: Any,
     codebook: Codebook,
     ids: torch.Tensor,
@@ -56,7 +56,7 @@ def measure_losses(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         model = load_dense(checkpoint.folder, dtype).eval().to(device)
-        linears = _by_stored_name(model, checkpoint)
+        linears = _linears(model, checkpoint, {module for group in groups for module in group})
         tokens = ids[:, :_LENGTH][: -(-TOKENS // _LENGTH)].to(device)
         dense = _log_probabilities(model, tokens)
         losses = {}
@@ -90,15 +90,14 @@ def _log_probabilities(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).float().log_softmax(-1)
 
 
-def _by_stored_name(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
-    names = StoredNames(model, checkpoint)
+def _linears(
+    model: nn.Module, checkpoint: Checkpoint, modules: Collection[str]
+) -> dict[str, nn.Linear]:
     found = {}
-    for name, module in model.named_modules():
-        stored = names.matrix(name) if isinstance(module, nn.Linear) else None
-        if stored is not None:
-            # A head that was tied to the embeddings must not change them.
-            module.weight = nn.Parameter(module.weight.data, requires_grad=False)
-            found[stored] = module
+    for stored, name in find_linears(model, checkpoint, modules).items():
+        found[stored] = module = model.get_submodule(name)
+        # A head that was tied to the embeddings must not change them.
+        module.weight = nn.Parameter(module.weight.data, requires_grad=False)
     return found
 
 

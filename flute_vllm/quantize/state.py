@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flute_vllm import format
 from flute_vllm.format import PER_ROW, LayerSpec, dequantize_codes, pack
 from flute_vllm.quantize.scales import Quantizer
 
@@ -89,9 +90,7 @@ class State:
 
 def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
     """Slices of rows of a matrix [N, K] that hold about ``BLOCK_WEIGHTS`` values each."""
-    step = max(1, BLOCK_WEIGHTS.get(weight.device.type, 1 << 20) // weight.shape[1])
-    for first in range(0, weight.shape[0], step):
-        yield slice(first, min(first + step, weight.shape[0]))
+    return format.row_blocks(*weight.shape, BLOCK_WEIGHTS.get(weight.device.type, 1 << 20))
 
 
 def sum_by_index(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
